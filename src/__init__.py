@@ -1,0 +1,1 @@
+"""Helpers behind the notebooks: `from src import data, prompts, scoring`. Importing it loads nothing and prints nothing."""
