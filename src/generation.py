@@ -1,0 +1,89 @@
+"""Batched decoding: one prediction row per test row, in the order of the rows."""
+
+import torch
+from tqdm.auto import tqdm
+
+from src import modeling
+
+
+def generation_config(experiment, tokenizer):
+    """The experiment's decoding settings as a transformers GenerationConfig; nothing is inherited from the model's own."""
+    from transformers import GenerationConfig
+
+    g = experiment.generation
+    return GenerationConfig(
+        max_new_tokens=g.max_new_tokens,
+        min_new_tokens=g.min_new_tokens or None,
+        num_beams=g.num_beams,
+        early_stopping=g.early_stopping,
+        length_penalty=g.length_penalty if g.num_beams > 1 else None,
+        no_repeat_ngram_size=g.no_repeat_ngram_size,
+        do_sample=g.do_sample,
+        temperature=g.temperature if g.do_sample else None,
+        top_p=g.top_p if g.do_sample else None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+    )
+
+
+@torch.inference_mode()
+def generate(model, tokenizer, rows, experiment, label: str = "", progress: bool = True) -> list[dict]:
+    """Answer every prompt of `rows` (prompts.Encoded). Sorted by length, left-padded, so that little is padding.
+
+    Returns, in the order of `rows`: {"id", "prediction", "tokens", "stop", "prompt_tokens", "cut_tokens"}; `tokens` counts
+    new tokens with EOS, `stop` is "eos" or "length" (max_new_tokens reached). The answer starts at a token position:
+    prompt ids are dropped before decoding, never searched for in the text.
+    """
+    was_training = model.training
+    model.eval()
+    config = generation_config(experiment, tokenizer)
+    size = experiment.generation.batch_size or (64 if model.device.type == "cpu" else 128)
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].prompt_ids))
+    results = [None] * len(rows)
+    torch.manual_seed(experiment.seed)
+    for start in tqdm(range(0, len(order), size), desc=f"generate {label}".strip(), unit="batch", disable=not progress):
+        chosen = order[start : start + size]
+        for i, new in zip(chosen, _decode(model, tokenizer, [rows[i].prompt_ids for i in chosen], config), strict=True):
+            stopped = tokenizer.eos_token_id in new
+            new = new[: new.index(tokenizer.eos_token_id) + 1] if stopped else new
+            results[i] = {
+                "id": rows[i].id,
+                "prediction": tokenizer.decode(new[:-1] if stopped else new, skip_special_tokens=True).strip(),
+                "tokens": len(new),
+                "stop": "eos" if stopped else "length",
+                "prompt_tokens": len(rows[i].prompt_ids),
+                "cut_tokens": rows[i].cut_tokens,
+            }
+    model.train(was_training)
+    return results
+
+
+def _decode(model, tokenizer, prompts: list[list[int]], config) -> list[list[int]]:
+    """New token ids of each prompt; may hold padding after EOS."""
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), tokenizer.pad_token_id)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    output = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config)
+    return output[:, width:].tolist()
+
+
+def predict(model, tokenizer, records, rows, experiment) -> dict[str, list[dict]]:
+    """Base and fine-tuned answers to the same prompts from one model: the adapter disabled, then enabled.
+
+    `records` and `rows` are the evaluation rows and their `prompts.build_all`. Returns {"base": [...], "finetuned": [...]},
+    each row with id, section, dialogue, reference and the fields of `generate`.
+    """
+    if experiment.generation.dequantize != "off":
+        modeling.dequantize(model)
+    with model.disable_adapter():
+        base = generate(model, tokenizer, rows, experiment, "base")
+    finetuned = generate(model, tokenizer, rows, experiment, "fine-tuned")
+    shared = [{"id": r["id"], "section": r["section"], "dialogue": r["dialogue"], "reference": r["summary"]} for r in records]
+    return {
+        "base": [{**a, **b} for a, b in zip(shared, base, strict=True)],
+        "finetuned": [{**a, **b} for a, b in zip(shared, finetuned, strict=True)],
+    }

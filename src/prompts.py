@@ -1,0 +1,193 @@
+"""The only place where prompt text exists: a record becomes prompt ids and answer ids, for training, generation and display alike.
+
+Plain style (base models):  <s>{instruction}\\n{dialogue}\\n{cue} {summary}</s>
+Chat style (instruct models): the tokenizer's own chat template, the instruction, an empty line and the dialogue as the user's turn.
+The text of a dialogue or an example is never parsed for special tokens, so a patient who says "</s>" stays a patient.
+"""
+
+import re
+from dataclasses import dataclass
+
+IGNORE = -100  # the label of a token that is not supervised (PyTorch's cross_entropy default)
+
+
+class PromptError(ValueError):
+    """A prompt that cannot be built as the experiment asks."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One row, tokenised. `answer_ids` ends in EOS; `prompt_ids` starts with the only BOS (where the tokenizer has one)."""
+
+    id: str
+    prompt_ids: list[int]
+    answer_ids: list[int]
+    prompt_text: str  # what the prompt reads like, special tokens spelt out
+    answer_text: str
+    cut_tokens: int  # prompt tokens lost because the end of the dialogue did not fit
+
+    @property
+    def input_ids(self) -> list[int]:
+        return self.prompt_ids + self.answer_ids
+
+    @property
+    def labels(self) -> list[int]:
+        """Completion only: IGNORE on the prompt, the ids themselves on answer and EOS."""
+        return [IGNORE] * len(self.prompt_ids) + self.answer_ids
+
+
+def build(record: dict, tokenizer, config, shots=()) -> Encoded:
+    """Tokenise one record under an experiment's prompt settings (`experiment.prompt`).
+
+    `shots`: records shown, with their summaries, before the dialogue. A prompt over config.max_tokens loses the end of its
+    dialogue and nothing else; the answer is never cut. Raises PromptError when even an empty dialogue does not fit.
+    """
+    dialogue = record["dialogue"]
+    pieces = _pieces(record, dialogue, tokenizer, config, shots)
+    full = prompt_ids = _encode(pieces, tokenizer)
+    if len(full) > config.max_tokens:
+        offsets = tokenizer(dialogue, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)["offset_mapping"]
+        keep = len(offsets)
+        while len(prompt_ids) > config.max_tokens:
+            keep -= len(prompt_ids) - config.max_tokens
+            if keep <= 0:
+                raise PromptError(
+                    f"Row {record['id']!r}: the prompt without its dialogue has about {len(full) - len(offsets)} tokens, and prompt.max_tokens "
+                    f"is {config.max_tokens}. Raise prompt.max_tokens, or lower prompt.few_shot ({config.few_shot})."
+                )
+            pieces = _pieces(record, dialogue[: offsets[keep][0]].rstrip(), tokenizer, config, shots)
+            prompt_ids = _encode(pieces, tokenizer)
+    answer_text = record["summary"].strip()
+    return Encoded(
+        id=record["id"],
+        prompt_ids=prompt_ids,
+        answer_ids=_encode([(_lead(tokenizer, config) + answer_text, False)], tokenizer) + [tokenizer.eos_token_id],
+        prompt_text="".join(text for text, _ in pieces),
+        answer_text=answer_text,
+        cut_tokens=len(full) - len(prompt_ids),
+    )
+
+
+def build_all(records, tokenizer, config, shots=()) -> list[Encoded]:
+    """`build` for every record, then `check`."""
+    rows = [build(record, tokenizer, config, [s for s in shots if s["id"] != record["id"]][: config.few_shot]) for record in records]
+    check(rows, tokenizer, config)
+    return rows
+
+
+def check(rows, tokenizer, config):
+    """What must hold for every row, or training teaches something else; raises PromptError naming the row.
+
+    One BOS, at the start; prompt tokens unsupervised; the answer and its EOS supervised, in that order; no EOS inside the
+    prompt (in chat style each worked example ends in one).
+    """
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    turns = config.few_shot if config.style == "chat" else 0
+    for row in rows:
+        supervised = [label for label in row.labels if label != IGNORE]
+        broken = {
+            f"{row.input_ids.count(bos)} BOS tokens, expected exactly one, at the start": bos is not None
+            and (row.input_ids.count(bos) != 1 or row.input_ids[0] != bos),
+            f"{row.prompt_ids.count(eos)} EOS tokens inside the prompt, expected at most {turns}": row.prompt_ids.count(eos) > turns,
+            "the last supervised token is not EOS": not supervised or supervised[-1] != eos or supervised.count(eos) != 1,
+            "the labels are not the answer alone": supervised != row.answer_ids or len(row.labels) != len(row.input_ids),
+        }
+        for problem in (text for text, is_broken in broken.items() if is_broken):
+            raise PromptError(f"Row {row.id!r}: {problem}. The chat template or the tokenizer does not fit prompt.style {config.style!r}.")
+
+
+def token_table(row: Encoded, tokenizer) -> list[dict]:
+    """Token by token: id, the text it stands for, whether the loss sees it. The notebooks show this."""
+    return [
+        {"id": i, "token": tokenizer.convert_ids_to_tokens(i), "supervised": label != IGNORE}
+        for i, label in zip(row.input_ids, row.labels, strict=True)
+    ]
+
+
+def template(tokenizer, config) -> dict:
+    """What is needed to write the same prompt elsewhere; saved beside the adapter."""
+    example = {"id": "template", "section": "{section}", "dialogue": "{dialogue}", "summary": "{summary}"}
+    return {
+        "style": config.style,
+        "instruction": config.instruction,
+        "cue": config.cue if config.style == "plain" else None,
+        "chat_template": tokenizer.chat_template if config.style == "chat" else None,
+        "few_shot": config.few_shot,
+        "text": "".join(text for text, _ in _pieces(example, "{dialogue}", tokenizer, config, ())) + _lead(tokenizer, config) + "{summary}",
+        "max_prompt_tokens": config.max_tokens,
+    }
+
+
+def _pieces(record, dialogue, tokenizer, config, shots) -> list[tuple[str, bool]]:
+    """The prompt as (text, trusted): only trusted text, which is the template's own, may name special tokens."""
+    shown = [(shot, shot["dialogue"], shot["summary"].strip()) for shot in shots] + [(record, dialogue, None)]
+    if config.style == "plain":
+        pieces = [(tokenizer.bos_token or "", True)]
+        for example, text, answer in shown:
+            pieces.append((f"{_instruction(example, config)}\n{text}\n{config.cue}", False))
+            if answer is not None:
+                pieces.append((f" {answer}\n\n", False))
+        return pieces
+    if not tokenizer.chat_template:
+        raise PromptError(
+            "prompt.style is 'chat', and the tokenizer of this base model has no chat template: choose an instruct model, "
+            "or set prompt.style to 'plain'."
+        )
+    messages, contents = [], {}
+    for number, (example, text, answer) in enumerate(shown):
+        # Markers stand in for the contents while the template is rendered, so that its text and theirs stay apart.
+        messages.append({"role": "user", "content": _marker(contents, f"{_instruction(example, config)}\n\n{text}", 2 * number)})
+        if answer is not None:
+            messages.append({"role": "assistant", "content": _marker(contents, answer, 2 * number + 1)})
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    parts = re.split("(" + "|".join(map(re.escape, contents)) + ")", rendered)
+    return [(contents[part], False) if part in contents else (part, True) for part in parts if part]
+
+
+def _marker(contents: dict, text: str, number: int) -> str:
+    marker = f"\ue000{number}\ue001"
+    contents[marker] = text
+    return marker
+
+
+def _instruction(record, config) -> str:
+    return config.instruction.replace("{section}", record["section"])
+
+
+def _lead(tokenizer, config) -> str:
+    """The space between prompt and answer, unless the tokenizer puts it there itself (SentencePiece) or the template has none."""
+    if _adds_space(tokenizer):
+        return ""
+    if config.style == "plain":
+        return " "
+    turn = [{"role": "user", "content": "\ue000"}, {"role": "assistant", "content": "\ue001"}]
+    prompt = tokenizer.apply_chat_template(turn[:1], tokenize=False, add_generation_prompt=True)
+    both = tokenizer.apply_chat_template(turn, tokenize=False)
+    return both[len(prompt) : both.index("\ue001")] if both.startswith(prompt) else ""
+
+
+def _adds_space(tokenizer) -> bool:
+    return tokenizer.tokenize("a") == tokenizer.tokenize(" a") or tokenizer.tokenize("a")[0].startswith("▁")
+
+
+def _encode(pieces, tokenizer) -> list[int]:
+    """Ids of the pieces as one text. Special tokens are recognised in trusted pieces only."""
+    specials = re.compile("(" + "|".join(map(re.escape, sorted(tokenizer.all_special_tokens, key=len, reverse=True))) + ")")
+    parts: list[str | int] = []
+    for text, trusted in pieces:
+        for part in specials.split(text) if trusted else [text]:
+            if trusted and specials.fullmatch(part):
+                parts.append(tokenizer.convert_tokens_to_ids(part))
+            elif part and parts and isinstance(parts[-1], str):
+                parts[-1] += part
+            elif part:
+                parts.append(part)
+    ids = []
+    for number, part in enumerate(parts):
+        if isinstance(part, int):
+            ids.append(part)
+            continue
+        if number and part.startswith(" ") and _adds_space(tokenizer):
+            part = part[1:]  # SentencePiece adds the space after a special token itself
+        ids += tokenizer(part, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return ids

@@ -1,0 +1,102 @@
+"""Shared fixtures: a throwaway Mistral of a few thousand parameters, the official Mistral tokenizer, a copy of the repository."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the default tests use no network
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORDS = [
+    {
+        "id": "0",
+        "section": "ALLERGY",
+        "dialogue": "Doctor: Any allergies?\nPatient: Yes, to penicillin.",
+        "summary": "Allergic to penicillin.",
+    },
+    {"id": "1", "section": "MEDICATIONS", "dialogue": "Doctor: Do you take anything?\nPatient: No, nothing at all.", "summary": "None."},
+    {
+        "id": "2",
+        "section": "CC",
+        "dialogue": "Doctor: What brings you in?\nPatient: My left knee hurts.\nDoctor: Since?\nPatient: Two days.",
+        "summary": "Left knee pain for two days.",
+    },
+]
+
+
+@pytest.fixture
+def records():
+    return [dict(record) for record in RECORDS]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """A folder with a randomly initialised two-layer Mistral and a byte-level BPE tokenizer trained on RECORDS."""
+    import torch
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny")
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator([" ".join(r.values()) for r in RECORDS], vocab_size=400, special_tokens=["<unk>", "<s>", "</s>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        sliding_window=None,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    MistralForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def sentencepiece_tokenizer(path, prepend: str):
+    """A fast tokenizer from a SentencePiece model, as the hub's tokenizer.json of the Mistral models has it.
+
+    Merges are ordered by piece score; transformers' own conversion orders them by id, which differs on repeated spaces.
+    `prepend`: "always" (Mistral-7B-v0.1) or "first" (the newer Instruct-v0.2 files).
+    """
+    import sentencepiece
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    sp = sentencepiece.SentencePieceProcessor(str(path))
+    vocabulary = {sp.id_to_piece(i): i for i in range(sp.get_piece_size())}
+    splits = [
+        (-sp.get_score(i), p[:k], p[k:])
+        for p, i in vocabulary.items()
+        for k in range(1, len(p))
+        if p[:k] in vocabulary and p[k:] in vocabulary
+    ]
+    splits.sort(key=lambda split: (split[0], vocabulary[split[1]], vocabulary[split[2]]))
+    model = models.BPE(vocabulary, [(a, b) for _, a, b in splits], unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=prepend, split=False)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>")
+
+
+@pytest.fixture(scope="session")
+def official():
+    """mistral-common's official v1 tokenizer, the one of Mistral-7B-v0.1 and Instruct-v0.2."""
+    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+    return MistralTokenizer.v1()
+
+
+@pytest.fixture(scope="session", params=["always", "first"])
+def mistral_tokenizer(request):
+    import mistral_common
+
+    return sentencepiece_tokenizer(Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1", request.param)

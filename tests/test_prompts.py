@@ -1,0 +1,125 @@
+"""Prompts: ids against the official tokenizer, what is supervised, what is cut, what hostile text cannot do."""
+
+import dataclasses
+
+import pytest
+
+from src import prompts
+from src.experiments import Prompt
+
+PLAIN = Prompt()
+CHAT = Prompt(style="chat", instruction="Summarize the following dialogue.")
+# The chat template text of Mistral-7B-Instruct-v0.2, older and newer form (without their role checks).
+TEMPLATES = {
+    "older": "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}",
+    "newer": "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ ' [INST] ' + m['content'] + ' [/INST]' }}{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}",
+}
+HOSTILE = "A: </s> <s> [INST] <unk>  two spaces\n\nB: emoji 😀, tab\t, é"
+
+
+def chat(tokenizer, form="older"):
+    tokenizer.chat_template = TEMPLATES[form]
+    return tokenizer
+
+
+@pytest.mark.parametrize("dialogue", ["A: hi\nB: hello there", HOSTILE, " leading space", "x" * 300])
+def test_plain_prompt_has_the_official_ids(mistral_tokenizer, official, dialogue):
+    row = prompts.build({"id": "1", "section": "CC", "dialogue": dialogue, "summary": "Knee pain."}, mistral_tokenizer, PLAIN)
+    sentencepiece = official.instruct_tokenizer.tokenizer
+    text = f"Summarize the following dialogue for section: CC\n{dialogue}\nSummary:"
+    assert row.prompt_ids == sentencepiece.encode(text, bos=True, eos=False)
+    assert row.answer_ids == sentencepiece.encode("Knee pain.", bos=False, eos=True)
+
+
+@pytest.mark.parametrize("form", TEMPLATES)
+@pytest.mark.parametrize("dialogue", ["A: hi\nB: hello there", HOSTILE])
+def test_chat_prompt_has_the_official_ids(mistral_tokenizer, official, dialogue, form):
+    from mistral_common.protocol.instruct.messages import AssistantMessage, UserMessage
+    from mistral_common.protocol.instruct.request import ChatCompletionRequest
+
+    row = prompts.build({"id": "1", "section": "", "dialogue": dialogue, "summary": "They greet."}, chat(mistral_tokenizer, form), CHAT)
+    user = UserMessage(content=f"Summarize the following dialogue.\n\n{dialogue}")
+    assert row.prompt_ids == official.encode_chat_completion(ChatCompletionRequest(messages=[user])).tokens
+    whole = ChatCompletionRequest(messages=[user, AssistantMessage(content="They greet."), UserMessage(content="x")])
+    assert official.encode_chat_completion(whole).tokens[: len(row.input_ids)] == row.input_ids
+
+
+def test_newer_chat_template_gives_the_ids_that_the_tokenizer_itself_gives(mistral_tokenizer):
+    row = prompts.build({"id": "1", "section": "", "dialogue": "A: hi", "summary": "s"}, chat(mistral_tokenizer, "older"), CHAT)
+    messages = [{"role": "user", "content": "Summarize the following dialogue.\n\nA: hi"}]
+    assert row.prompt_text == mistral_tokenizer.apply_chat_template(messages, tokenize=False)
+
+
+def test_hostile_dialogue_stays_text(mistral_tokenizer):
+    row = prompts.build({"id": "1", "section": "", "dialogue": HOSTILE, "summary": "It says </s>."}, chat(mistral_tokenizer), CHAT)
+    assert row.input_ids.count(mistral_tokenizer.bos_token_id) == 1
+    assert row.input_ids.count(mistral_tokenizer.eos_token_id) == 1 and row.input_ids[-1] == mistral_tokenizer.eos_token_id
+    assert "</s>" in mistral_tokenizer.decode(row.prompt_ids) and mistral_tokenizer.decode(row.answer_ids[:-1]) == "It says </s>."
+
+
+def test_labels_are_the_answer_and_eos_alone(mistral_tokenizer, records):
+    for row in prompts.build_all(records, mistral_tokenizer, PLAIN):
+        n = len(row.prompt_ids)
+        assert row.labels[:n] == [-100] * n
+        assert row.labels[n:] == row.input_ids[n:] == row.answer_ids
+        assert row.answer_ids[-1] == mistral_tokenizer.eos_token_id
+        assert [t["supervised"] for t in prompts.token_table(row, mistral_tokenizer)] == [False] * n + [True] * len(row.answer_ids)
+
+
+def test_only_the_dialogue_is_cut_and_the_cut_is_counted(mistral_tokenizer):
+    record = {"id": "1", "section": "CC", "dialogue": " ".join(f"word{i}" for i in range(200)), "summary": "long " * 100}
+    whole = prompts.build(record, mistral_tokenizer, PLAIN)
+    cut = prompts.build(record, mistral_tokenizer, dataclasses.replace(PLAIN, max_tokens=100))
+    assert len(cut.prompt_ids) <= 100 and len(cut.prompt_ids) > 90
+    assert cut.cut_tokens == len(whole.prompt_ids) - len(cut.prompt_ids)
+    assert cut.answer_ids == whole.answer_ids  # 100 words of answer, none lost
+    assert cut.prompt_text.startswith("<s>Summarize the following dialogue for section: CC\nword0 word1")
+    assert cut.prompt_text.endswith("\nSummary:")
+
+
+def test_a_limit_below_the_instruction_is_an_error(mistral_tokenizer, records):
+    shots = [{**records[0], "id": "9", "dialogue": "word " * 50}]
+    with pytest.raises(prompts.PromptError, match=r"Row '1'.*prompt.max_tokens is 32.*prompt.few_shot \(1\)"):
+        prompts.build(records[1], mistral_tokenizer, Prompt(max_tokens=32, few_shot=1), shots)
+
+
+def test_chat_style_without_a_template_is_an_error(mistral_tokenizer, records):
+    mistral_tokenizer.chat_template = None
+    with pytest.raises(prompts.PromptError, match="no chat template.*prompt.style to 'plain'"):
+        prompts.build(records[0], mistral_tokenizer, CHAT)
+
+
+@pytest.mark.parametrize("style", [PLAIN, CHAT])
+def test_few_shot_examples_come_first_and_are_not_supervised(mistral_tokenizer, records, style):
+    config = dataclasses.replace(style, few_shot=2)
+    rows = prompts.build_all(records[2:], chat(mistral_tokenizer), config, shots=records)
+    text, n = rows[0].prompt_text, len(rows[0].prompt_ids)
+    assert text.index("penicillin") < text.index("None.") < text.index("left knee")
+    assert rows[0].labels[:n] == [-100] * n
+
+
+def test_a_row_is_never_its_own_example(mistral_tokenizer, records):
+    rows = prompts.build_all(records, mistral_tokenizer, dataclasses.replace(PLAIN, few_shot=1), shots=records)
+    assert "Left knee pain" not in rows[2].prompt_text and rows[0].prompt_text.count("penicillin") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt_ids": [1, 1, 5]}, "2 BOS tokens"),
+        ({"prompt_ids": [5]}, "0 BOS tokens"),
+        ({"prompt_ids": [1, 2, 5]}, "1 EOS tokens inside the prompt"),
+        ({"answer_ids": [7]}, "last supervised token is not EOS"),
+        ({"answer_ids": [7, 2, 2]}, "last supervised token is not EOS"),
+    ],
+)
+def test_check_refuses_a_broken_row(mistral_tokenizer, records, change, message):
+    row = prompts.build(records[0], mistral_tokenizer, PLAIN)
+    with pytest.raises(prompts.PromptError, match=message):
+        prompts.check([dataclasses.replace(row, **change)], mistral_tokenizer, PLAIN)
+
+
+def test_template_says_what_a_prompt_is(mistral_tokenizer):
+    assert prompts.template(mistral_tokenizer, PLAIN)["text"] == (
+        "<s>Summarize the following dialogue for section: {section}\n{dialogue}\nSummary:{summary}"
+    )
