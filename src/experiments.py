@@ -401,6 +401,7 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save_config(experiment: Experiment) -> Path:
-    """Write the resolved experiment to outputs/<run>/config.json."""
-    return write_json(experiment.run_dir / "config.json", {"run_id": experiment.run_id, **dataclasses.asdict(experiment)})
+def save_config(experiment: Experiment, inputs: dict | None = None) -> Path:
+    """Write the resolved experiment, and the checksums of what the run reads, to outputs/<run>/config.json."""
+    config = {"run_id": experiment.run_id, **dataclasses.asdict(experiment), "inputs": inputs or {}}
+    return write_json(experiment.run_dir / "config.json", config)

@@ -41,10 +41,9 @@ def generate(model, tokenizer, rows, experiment, label: str = "", progress: bool
     size = experiment.generation.batch_size or (64 if model.device.type == "cpu" else 128)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].prompt_ids))
     results = [None] * len(rows)
-    torch.manual_seed(experiment.seed)
     for start in tqdm(range(0, len(order), size), desc=f"generate {label}".strip(), unit="batch", disable=not progress):
         chosen = order[start : start + size]
-        for i, new in zip(chosen, _decode(model, tokenizer, [rows[i].prompt_ids for i in chosen], config), strict=True):
+        for i, new in zip(chosen, _decode(model, tokenizer, [rows[i].prompt_ids for i in chosen], config, experiment.seed + start), strict=True):
             stopped = tokenizer.eos_token_id in new
             new = new[: new.index(tokenizer.eos_token_id) + 1] if stopped else new
             results[i] = {
@@ -59,7 +58,7 @@ def generate(model, tokenizer, rows, experiment, label: str = "", progress: bool
     return results
 
 
-def _decode(model, tokenizer, prompts: list[list[int]], config) -> list[list[int]]:
+def _decode(model, tokenizer, prompts: list[list[int]], config, seed: int) -> list[list[int]]:
     """New token ids of each prompt; may hold padding after EOS."""
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width), tokenizer.pad_token_id)
@@ -67,7 +66,10 @@ def _decode(model, tokenizer, prompts: list[list[int]], config) -> list[list[int
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
-    output = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config)
+    with torch.random.fork_rng(enabled=config.do_sample):  # sampling must not move the random numbers of training
+        if config.do_sample:
+            torch.manual_seed(seed)
+        output = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config)
     return output[:, width:].tolist()
 
 

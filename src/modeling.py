@@ -54,6 +54,12 @@ def model_source(experiment) -> str:
     return name
 
 
+def fingerprint(experiment) -> dict[str, str]:
+    """sha256 of a local base model's weight files; empty for a hub model, whose commit is recorded instead."""
+    folder = experiments.ROOT / experiment.base_model
+    return {file.name: experiments.sha256_file(file) for file in sorted(folder.glob("*.safetensors"))} if folder.is_dir() else {}
+
+
 def load_tokenizer(experiment):
     """The base model's tokenizer with a pad token that is not EOS (`pad_token`: reuse unk, or add [PAD]).
 

@@ -11,6 +11,8 @@ import time
 
 import torch
 import torch.nn.functional as F
+from peft import set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
@@ -58,7 +60,10 @@ class StepSampler:
 
 
 def collate(rows, pad_id: int) -> dict[str, torch.Tensor]:
-    """Right-padded input_ids, attention_mask and labels of shape (rows, longest row). Padding is masked by length, not by id."""
+    """Right-padded input_ids, attention_mask and labels of shape (rows, longest row), and the number of real tokens.
+
+    Padding is masked by length, not by id.
+    """
     width = max(len(row.input_ids) for row in rows)
     ids = torch.full((len(rows), width), pad_id)
     labels = torch.full((len(rows), width), prompts.IGNORE)
@@ -66,12 +71,13 @@ def collate(rows, pad_id: int) -> dict[str, torch.Tensor]:
     for i, row in enumerate(rows):
         n = len(row.input_ids)
         ids[i, :n], labels[i, :n], mask[i, :n] = torch.tensor(row.input_ids), torch.tensor(row.labels), 1
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "tokens": sum(len(row.input_ids) for row in rows)}
 
 
 def summed_loss(model, inputs: dict) -> tuple[torch.Tensor, int]:
     """Cross-entropy summed over the supervised tokens of a batch, and their number. Logits exist only where a row has a label."""
     inputs = {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in inputs.items()}
+    inputs.pop("tokens", None)
     targets = F.pad(inputs.pop("labels")[:, 1:], (0, 1), value=prompts.IGNORE)  # position i predicts token i + 1
     positions = (targets != prompts.IGNORE).any(0).nonzero().squeeze(1)
     logits = model(**inputs, logits_to_keep=positions, use_cache=False).logits
@@ -95,18 +101,15 @@ class SummaryTrainer(Trainer):
 
     def __init__(self, *args, sampler: StepSampler, pad_id: int, log_path, answer_samples, **kwargs):
         self.sampler, self.pad_id, self.answer_samples, self.seen_tokens = sampler, pad_id, answer_samples, 0
-        super().__init__(*args, data_collator=self.collate, **kwargs)
+        super().__init__(*args, data_collator=lambda rows: collate(rows, pad_id), **kwargs)
         self.model_accepts_loss_kwargs = True  # have the supervised tokens of the whole optimizer step counted
         self.add_callback(Log(log_path, self))
-
-    def collate(self, rows):
-        self.seen_tokens += sum(len(row.input_ids) for row in rows)
-        return collate(rows, self.pad_id)
 
     def get_train_dataloader(self):
         return self.accelerator.prepare(DataLoader(self.train_dataset, batch_sampler=self.sampler, collate_fn=self.data_collator))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self.seen_tokens += inputs["tokens"]
         return summed_loss(model, inputs)[0] / num_items_in_batch
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
@@ -193,19 +196,20 @@ def arguments(experiment, device: torch.device, micro_batch_size: int, steps: in
     )
 
 
-def train(experiment, model, tokenizer, train_rows, validation_rows, samples=(), facts=None) -> dict:
+def train(experiment, model, tokenizer, train_rows, validation_rows, samples=(), inputs=None) -> dict:
     """Train the adapter of `model` (a PeftModel) in place on `train_rows`; all rows are prompts.Encoded.
 
     Writes train_log.jsonl, adapter/ and, last, manifest.json to the run folder and returns the manifest. An interrupted run
-    goes on from its last checkpoint. `samples`: rows answered at every evaluation; `facts`: more for the manifest (data
-    checksums, rows). Raises TrainingError when the run is finished already.
+    goes on from its last checkpoint; a finished one is loaded, not trained again. `samples`: rows answered at every
+    evaluation. `inputs`: checksums of what the run reads (data, base model); a run folder that was begun with others is
+    refused with a TrainingError, so that two never mix.
     """
     run, t, device = experiment.run_dir, experiment.training, model.device
+    begin_run(experiment, inputs)
     if (run / "manifest.json").exists():
-        raise TrainingError(
-            f"{experiments.relative(run)} holds a finished run: change a field in OVERRIDES to start another, or delete the folder."
-        )
-    experiments.save_config(experiment)
+        print(f"{experiments.relative(run)} holds this run, finished: its adapter is loaded. Delete the folder to train again.")
+        set_peft_model_state_dict(model, load_file(run / "adapter" / "adapter_model.safetensors"))
+        return experiments.read_json(run / "manifest.json", "02_train_qlora")
     log_path = run / "train_log.jsonl"
     micro = t.micro_batch_size or t.batch_size
     steps = total_steps(experiment, len(train_rows))
@@ -240,7 +244,7 @@ def train(experiment, model, tokenizer, train_rows, validation_rows, samples=(),
         "run_id": experiment.run_id,
         "base_commit": model.get_base_model().base_commit,
         "seed": experiment.seed,
-        "optimizer": args.optim,
+        "optimizer": args.optim.value,
         "optimizer_steps": trainer.state.global_step,
         "best_step": best_step(trainer) if t.keep_best else trainer.state.global_step,
         "rows": {"train": len(train_rows), "validation": len(validation_rows)},
@@ -256,12 +260,26 @@ def train(experiment, model, tokenizer, train_rows, validation_rows, samples=(),
             for file in sorted((run / "adapter").iterdir())
             if file.suffix in (".safetensors", ".json")
         },
-        **(facts or {}),
+        "inputs": inputs or {},
     }
     experiments.write_json(run / "manifest.json", manifest)
     if not t.keep_checkpoints:
         shutil.rmtree(run / "checkpoints", ignore_errors=True)
     return manifest
+
+
+def begin_run(experiment, inputs: dict | None):
+    """Write config.json, or check that the one in the run folder began with the same inputs."""
+    path = experiment.run_dir / "config.json"
+    if path.exists():
+        found = json.loads(path.read_text(encoding="utf-8")).get("inputs")
+        if found != (inputs or {}):
+            raise TrainingError(
+                f"{experiments.relative(path.parent)} was begun with other data or another base model: found {found}, expected {inputs}. "
+                "Delete the folder to start anew."
+            )
+    else:
+        experiments.save_config(experiment, inputs)
 
 
 def best_step(trainer) -> int:

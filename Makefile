@@ -1,0 +1,29 @@
+# `make` lists the targets.
+EXPERIMENT ?= demo
+OVERRIDES ?= {}
+PYTHON ?= python3
+BIN := .venv/bin
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 10
+
+demo: .venv/installed  ## the whole chain on the embedded data and model: CPU, minutes, no network after the install
+	$(BIN)/python -m src.run demo
+
+run: .venv/installed  ## any experiment headless: make run EXPERIMENT=samsum OVERRIDES='{"lora.rank": 8}'
+	$(BIN)/python -m src.run '$(EXPERIMENT)' '$(OVERRIDES)'
+
+test: .venv/installed  ## all tests
+	$(BIN)/python -m pytest
+
+check: .venv/installed  ## lint and formatting, notebooks included
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.venv/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}: make PYTHON=python3.12 demo")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.PHONY: help demo run test check
