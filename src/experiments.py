@@ -56,15 +56,15 @@ class Quantization:
 
 @dataclass(frozen=True)
 class Lora:
-    rank: int = 16
+    rank: int = 16  # columns of each low-rank factor: adapter size and memory grow with it
     alpha: int = 32  # the update is scaled by alpha / rank
-    dropout: float = 0.05
+    dropout: float = 0.05  # share of the adapter's inputs zeroed in training; 0 is faster
     target_modules: tuple[str, ...] = ALL_LINEAR  # lm_head is allowed; the adapter then also carries its weights
 
 
 @dataclass(frozen=True)
 class Training:
-    epochs: float = 3
+    epochs: float = 3  # passes over the training rows
     max_steps: int | None = None  # stop after n optimizer steps, whatever epochs says
     batch_size: int = 16  # rows per optimizer step, accumulation included
     micro_batch_size: int | None = None  # padded batches: rows per forward pass, divides batch_size; None: the planner chooses
@@ -75,8 +75,8 @@ class Training:
     learning_rate: float = 2e-4  # the peak
     schedule: str = "linear"  # any transformers scheduler name: linear, cosine, constant_with_warmup, ...
     warmup_steps: float = 0  # optimizer steps; a value below 1 is a fraction of all steps
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
+    weight_decay: float = 0.0  # decoupled (AdamW), on the adapter
+    max_grad_norm: float = 1.0  # gradients of a step are scaled down to this 2-norm
     optimizer: str = "adamw_torch_fused"  # any transformers name, e.g. paged_adamw_32bit, paged_adamw_8bit (CUDA)
     eval_steps: int | None = None  # validation loss and samples every n optimizer steps; None: every epoch
     early_stopping_patience: int | None = None  # stop after n evaluations without a better validation loss; None: never
@@ -88,12 +88,12 @@ class Training:
 @dataclass(frozen=True)
 class Generation:
     max_new_tokens: int = 256  # an answer that reaches it is counted as cut off
-    min_new_tokens: int = 0
-    num_beams: int = 1
+    min_new_tokens: int = 0  # EOS is forbidden before
+    num_beams: int = 1  # 1: greedy or sampling; more: beam search
     early_stopping: bool = False  # beams only: stop when num_beams answers are complete
     length_penalty: float = 1.0  # beams only: > 1 favours longer answers
     no_repeat_ngram_size: int = 0  # 0: off
-    do_sample: bool = False
+    do_sample: bool = False  # draw tokens instead of taking the likeliest; seeded
     temperature: float = 1.0  # sampling only
     top_p: float = 1.0  # sampling only
     batch_size: int | None = None  # prompts decoded together; None: chosen from the free memory

@@ -43,7 +43,9 @@ def generate(model, tokenizer, rows, experiment, label: str = "", progress: bool
     results = [None] * len(rows)
     for start in tqdm(range(0, len(order), size), desc=f"generate {label}".strip(), unit="batch", disable=not progress):
         chosen = order[start : start + size]
-        for i, new in zip(chosen, _decode(model, tokenizer, [rows[i].prompt_ids for i in chosen], config, experiment.seed + start), strict=True):
+        for i, new in zip(
+            chosen, _decode(model, tokenizer, [rows[i].prompt_ids for i in chosen], config, experiment.seed + start), strict=True
+        ):
             stopped = tokenizer.eos_token_id in new
             new = new[: new.index(tokenizer.eos_token_id) + 1] if stopped else new
             results[i] = {
