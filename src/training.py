@@ -159,6 +159,12 @@ def total_steps(experiment, rows: int) -> int:
     return min(steps, experiment.training.max_steps or steps)
 
 
+def plan(experiment, rows) -> dict:
+    """What a step will be."""
+    t = experiment.training
+    return {"rows": len(rows), "optimizer steps": total_steps(experiment, len(rows)), "rows per optimizer step": t.batch_size}
+
+
 def arguments(experiment, device: torch.device, micro_batch_size: int, steps: int) -> TrainingArguments:
     """The experiment as transformers' TrainingArguments. An optimiser that needs CUDA becomes plain AdamW on a CPU (the manifest says which ran)."""
     t = experiment.training
@@ -196,7 +202,7 @@ def arguments(experiment, device: torch.device, micro_batch_size: int, steps: in
     )
 
 
-def train(experiment, model, tokenizer, train_rows, validation_rows, samples=(), inputs=None) -> dict:
+def train(experiment, model, tokenizer, train_rows, validation_rows, samples=(), inputs=None, plan=None) -> dict:
     """Train the adapter of `model` (a PeftModel) in place on `train_rows`; all rows are prompts.Encoded.
 
     Writes train_log.jsonl, adapter/ and, last, manifest.json to the run folder and returns the manifest. An interrupted run
@@ -260,6 +266,7 @@ def train(experiment, model, tokenizer, train_rows, validation_rows, samples=(),
             for file in sorted((run / "adapter").iterdir())
             if file.suffix in (".safetensors", ".json")
         },
+        "plan": plan,
         "inputs": inputs or {},
     }
     experiments.write_json(run / "manifest.json", manifest)
