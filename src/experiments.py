@@ -171,10 +171,10 @@ def _named() -> dict[str, Experiment]:
     return {
         "demo": Experiment(
             name="demo",
-            prompt=Prompt(max_tokens=768),
+            prompt=Prompt(max_tokens=512),
             lora=Lora(rank=16, alpha=32, dropout=0.0),
             training=Training(epochs=1, batch_size=8, learning_rate=3e-3, warmup_steps=0.05, schedule="cosine", sample_rows=1),
-            generation=Generation(max_new_tokens=120),
+            generation=Generation(max_new_tokens=96),
         ),
         "mts_dialog": mts_dialog,
         "samsum": samsum,
