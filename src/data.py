@@ -18,19 +18,36 @@ MTS_COMMIT = "3ff0801933608d6f570468c13125125fb5cabdea"
 MTS_URL = f"https://raw.githubusercontent.com/abachaa/MTS-Dialog/{MTS_COMMIT}"
 SAMSUM_URL = "https://arxiv.org/src/1911.12237v2/anc/corpus.7z"
 MTS_FILES = {  # split: (file, sha256)
-    "train": ("MTS-Dialog-TrainingSet.csv", "65a28681dd59fc159681ea026e44610f2af7bc64a0e7f892d763eb03d9f503dc"),
-    "validation": ("MTS-Dialog-ValidationSet.csv", "227206520c4534381c0d7fba6d3f09319a9af5a6d9603a93c0341af1198e3958"),
-    "test1": ("MTS-Dialog-TestSet-1-MEDIQA-Chat-2023.csv", "b4d38dd2c99b2e9860099abcf653f1e0f3e9b69f9fcc45be2a2699b37a4d2f37"),
-    "test2": ("MTS-Dialog-TestSet-2-MEDIQA-Sum-2023.csv", "226644466ed3af82382b327a3e684aab70aa605b96cfd93b04f584f1826ab1a6"),
+    "train": (
+        "MTS-Dialog-TrainingSet.csv",
+        "65a28681dd59fc159681ea026e44610f2af7bc64a0e7f892d763eb03d9f503dc",
+    ),
+    "validation": (
+        "MTS-Dialog-ValidationSet.csv",
+        "227206520c4534381c0d7fba6d3f09319a9af5a6d9603a93c0341af1198e3958",
+    ),
+    "test1": (
+        "MTS-Dialog-TestSet-1-MEDIQA-Chat-2023.csv",
+        "b4d38dd2c99b2e9860099abcf653f1e0f3e9b69f9fcc45be2a2699b37a4d2f37",
+    ),
+    "test2": (
+        "MTS-Dialog-TestSet-2-MEDIQA-Sum-2023.csv",
+        "226644466ed3af82382b327a3e684aab70aa605b96cfd93b04f584f1826ab1a6",
+    ),
 }
-RELEASED_OUTPUTS = ("MTS-Dialog-Automatic-Summaries-ValidationSet.csv", "0ee4261f33f7001643cfb88779bf2af49a6e1829e70460bb9b67917d48276f2d")
+RELEASED_OUTPUTS = (
+    "MTS-Dialog-Automatic-Summaries-ValidationSet.csv",
+    "0ee4261f33f7001643cfb88779bf2af49a6e1829e70460bb9b67917d48276f2d",
+)
 SAMSUM_ARCHIVE = ("corpus.7z", "a97674c66726f66b98a08ca5e8868fb8af9d4843f2b05c4f839bc5cfe91e8899")
 SAMSUM_FILES = {
     "train": ("train.json", "c0df0898ad4322462cb73959f0ca820b31c4dc27e44b1ef64fbc34f7e12f1cb5"),
     "validation": ("val.json", "f291b34ea2a851c4fd67bc9e1c05003f0dde2c2ae1a501ba733b9d97b6166349"),
     "test": ("test.json", "eb5ac232d04982fdf70766b10bd07223732d8de0b817a0ab2a30a79ea99a693a"),
 }
-SHINGLE = 8  # words; two dialogues are near duplicates when they share at least half of their 8-word sequences
+SHINGLE = (
+    8  # words; two dialogues are near duplicates when they share at least half of their 8-word sequences
+)
 
 
 class DataError(ValueError):
@@ -72,9 +89,14 @@ def source_files(experiment, progress: bool = True) -> dict[str, Path]:
     """The raw file of every split, fetched and verified for the published datasets. One entry, `train`, when a custom file is to be split."""
     raw, d = experiments.ROOT / "data" / "raw", experiment.data
     if d.dataset == "demo":
-        return {split: experiments.ROOT / "data" / "demo" / f"{split}.csv" for split in experiments.splits("demo")}
+        return {
+            split: experiments.ROOT / "data" / "demo" / f"{split}.csv" for split in experiments.splits("demo")
+        }
     if d.dataset == "mts_dialog":
-        return {s: fetch(raw / "mts-dialog", name, sha, f"{MTS_URL}/Main-Dataset/{name}", progress) for s, (name, sha) in MTS_FILES.items()}
+        return {
+            s: fetch(raw / "mts-dialog", name, sha, f"{MTS_URL}/Main-Dataset/{name}", progress)
+            for s, (name, sha) in MTS_FILES.items()
+        }
     if d.dataset == "samsum":
         folder = raw / "samsum"
         if any(not (folder / name).exists() for name, _ in SAMSUM_FILES.values()):
@@ -95,7 +117,13 @@ def source_files(experiment, progress: bool = True) -> dict[str, Path]:
 def released_outputs(progress: bool = True) -> list[dict]:
     """The four EACL-2023 systems' summaries of MTS-Dialog's validation split with human fact scores, in file order (CC BY 4.0)."""
     name, sha = RELEASED_OUTPUTS
-    path = fetch(experiments.ROOT / "data" / "raw" / "mts-dialog", name, sha, f"{MTS_URL}/Correlation-Study/{name}", progress)
+    path = fetch(
+        experiments.ROOT / "data" / "raw" / "mts-dialog",
+        name,
+        sha,
+        f"{MTS_URL}/Correlation-Study/{name}",
+        progress,
+    )
     return _table(path)
 
 
@@ -118,9 +146,15 @@ def read_rows(path: Path) -> list[dict]:
             f"{relative(path)} has the columns {', '.join(map(str, table[0]))}; {', '.join(missing)} missing. Expected dialogue and summary "
             "(optional: id, section), or MTS-Dialog's ID, section_header, section_text, dialogue."
         )
-    wrong = [n for n, row in enumerate(table, 1) if not all(isinstance(row.get(c), str) for c in ("dialogue", "summary"))]
+    wrong = [
+        n
+        for n, row in enumerate(table, 1)
+        if not all(isinstance(row.get(c), str) for c in ("dialogue", "summary"))
+    ]
     if wrong:
-        raise DataError(f"{relative(path)}: dialogue or summary is not text in {_some(wrong, 'row')}. Expected strings.")
+        raise DataError(
+            f"{relative(path)}: dialogue or summary is not text in {_some(wrong, 'row')}. Expected strings."
+        )
     return [
         {
             "id": str(row.get("id", number)),
@@ -134,7 +168,9 @@ def read_rows(path: Path) -> list[dict]:
 
 def _table(path: Path) -> list[dict]:
     if not path.is_file():
-        raise DataError(f"{relative(path)} is missing: expected a CSV or JSONL file with the columns dialogue and summary at that path.")
+        raise DataError(
+            f"{relative(path)} is missing: expected a CSV or JSONL file with the columns dialogue and summary at that path."
+        )
     raw = path.read_bytes()
     try:
         text = raw.decode("utf-8-sig")
@@ -157,7 +193,9 @@ def _table(path: Path) -> list[dict]:
             f"{relative(path)} cannot be parsed as {path.suffix[1:] or 'CSV'} ({error}): expected CSV, JSON or JSONL."
         ) from None
     if not isinstance(table, list) or not all(isinstance(row, dict) for row in table):
-        raise DataError(f"{relative(path)} is not a list of records: expected one object with dialogue and summary a row.")
+        raise DataError(
+            f"{relative(path)} is not a list of records: expected one object with dialogue and summary a row."
+        )
     uneven = [n for n, row in enumerate(table, 1) if None in row or None in row.values()]
     if uneven and path.suffix == ".csv":
         raise DataError(
@@ -182,10 +220,16 @@ def usable(rows: list[dict], path: Path, strict: bool) -> tuple[list[dict], list
     for row in rows:
         (duplicates.append if row["id"] in seen else seen.add)(row["id"])
     if duplicates:
-        raise DataError(f"{relative(path)} uses {_some(duplicates, 'id')} more than once: every row of a file needs an id of its own.")
-    dropped = [{"id": r["id"], "reason": f"empty {c}"} for r in rows for c in ("dialogue", "summary") if not r[c]]
+        raise DataError(
+            f"{relative(path)} uses {_some(duplicates, 'id')} more than once: every row of a file needs an id of its own."
+        )
+    dropped = [
+        {"id": r["id"], "reason": f"empty {c}"} for r in rows for c in ("dialogue", "summary") if not r[c]
+    ]
     if dropped and strict:
-        raise DataError(f"{relative(path)}: empty dialogue or summary in {_some([d['id'] for d in dropped], 'row')}. Fill or remove them.")
+        raise DataError(
+            f"{relative(path)}: empty dialogue or summary in {_some([d['id'] for d in dropped], 'row')}. Fill or remove them."
+        )
     ids = {d["id"] for d in dropped}
     return [row for row in rows if row["id"] not in ids], dropped
 
@@ -196,12 +240,16 @@ def split_by_seed(rows: list[dict], seed: int) -> dict[str, list[dict]]:
     for row in rows:
         groups[key(row)].append(row)
     if len(groups) < 3:
-        raise DataError(f"{len(groups)} different dialogue(s) cannot be split into train, validation and test: expected at least 3.")
+        raise DataError(
+            f"{len(groups)} different dialogue(s) cannot be split into train, validation and test: expected at least 3."
+        )
     order = list(groups.values())
     random.Random(seed).shuffle(order)
     tenth = max(1, len(order) // 10)
     parts = {"test": order[:tenth], "validation": order[tenth : 2 * tenth], "train": order[2 * tenth :]}
-    return {split: [row for group in parts[split] for row in group] for split in ("train", "validation", "test")}
+    return {
+        split: [row for group in parts[split] for row in group] for split in ("train", "validation", "test")
+    }
 
 
 # ---------------------------------------------------------------- leak audit
@@ -223,7 +271,9 @@ def audit(rows: dict[str, list[dict]]) -> dict:
     within = {}
     for split in names:
         seen = set()
-        within[split] = [r["id"] for r, k in zip(rows[split], keys[split], strict=True) if k in seen or seen.add(k)]
+        within[split] = [
+            r["id"] for r, k in zip(rows[split], keys[split], strict=True) if k in seen or seen.add(k)
+        ]
     across, near = {}, {}
     for i, first in enumerate(names):
         known, index = set(keys[first]), defaultdict(set)
@@ -234,7 +284,9 @@ def audit(rows: dict[str, list[dict]]) -> dict:
             pair = f"{second} in {first}"
             across[pair] = [r["id"] for r, k in zip(rows[second], keys[second], strict=True) if k in known]
             near[pair] = [
-                hit for r, k in zip(rows[second], keys[second], strict=True) if k not in known and (hit := _nearest(r, rows[first], index))
+                hit
+                for r, k in zip(rows[second], keys[second], strict=True)
+                if k not in known and (hit := _nearest(r, rows[first], index))
             ]
     return {"within": within, "across": across, "near": near}
 
@@ -275,7 +327,9 @@ def prepare(experiment, progress: bool = True) -> dict:
     written = {split: write_jsonl(folder / f"{split}.jsonl", part) for split, part in rows.items()}
     report = {
         "dataset": experiment.data.dataset,
-        "sources": {split: {"file": relative(path), "sha256": sha256_file(path)} for split, path in files.items()},
+        "sources": {
+            split: {"file": relative(path), "sha256": sha256_file(path)} for split, path in files.items()
+        },
         "split_seed": experiment.seed if custom and len(files) == 1 else None,
         "rows": {split: len(part) for split, part in rows.items()},
         "dropped": {split: items for split, items in dropped.items() if items},
@@ -293,8 +347,15 @@ def report(experiment) -> dict:
     again = f"Run notebooks/01_prepare_data.ipynb again with the same EXPERIMENT and OVERRIDES. ({relative(experiment.processed_dir)})"
     d = experiment.data
     if d.dataset == "custom":
-        sources = {s: n for s, n in (("train", d.train_file), ("validation", d.validation_file), ("test", d.test_file)) if n}
-        expected = {s: {"file": relative(experiments.ROOT / n), "sha256": sha256_file(experiments.ROOT / n)} for s, n in sources.items()}
+        sources = {
+            s: n
+            for s, n in (("train", d.train_file), ("validation", d.validation_file), ("test", d.test_file))
+            if n
+        }
+        expected = {
+            s: {"file": relative(experiments.ROOT / n), "sha256": sha256_file(experiments.ROOT / n)}
+            for s, n in sources.items()
+        }
         if found["sources"] != expected or (len(expected) == 1 and found["split_seed"] != experiment.seed):
             raise DataError(
                 f"The prepared rows come from {found['sources']}, seed {found['split_seed']}; expected {expected}, seed {experiment.seed}. {again}"
@@ -302,7 +363,9 @@ def report(experiment) -> dict:
     for split, sha in found["processed"].items():
         path = experiment.processed_dir / f"{split}.jsonl"
         if not path.is_file() or sha256_file(path) != sha:
-            raise DataError(f"{relative(path)} is not the file that 01 wrote: found another sha256 or no file, expected {sha}. {again}")
+            raise DataError(
+                f"{relative(path)} is not the file that 01 wrote: found another sha256 or no file, expected {sha}. {again}"
+            )
     return found
 
 
@@ -321,7 +384,11 @@ def train_rows(experiment) -> list[dict]:
     """The rows to train on: without those that also occur in another split (data.drop_leaked), then the first data.train_rows."""
     rows = load_split(experiment, "train")
     if experiment.data.drop_leaked:
-        held_out = {key(row) for split in experiments.splits(experiment.data.dataset)[1:] for row in load_split(experiment, split)}
+        held_out = {
+            key(row)
+            for split in experiments.splits(experiment.data.dataset)[1:]
+            for row in load_split(experiment, split)
+        }
         rows = [row for row in rows if key(row) not in held_out]
     return rows[: experiment.data.train_rows]
 
@@ -338,4 +405,8 @@ def eval_rows(experiment) -> list[dict]:
 
 def leaked_ids(experiment, split: str) -> set[str]:
     """Ids of `split` whose dialogue also occurs in train; scores are reported with and without them."""
-    return set(read_json(experiment.processed_dir / "leaks.json", "01_prepare_data")["across"].get(f"{split} in train", []))
+    return set(
+        read_json(experiment.processed_dir / "leaks.json", "01_prepare_data")["across"].get(
+            f"{split} in train", []
+        )
+    )

@@ -32,8 +32,12 @@ class Data:
     validation_rows: int | None = None  # the first n rows for the validation loss; None: all
     eval_rows: int | None = None  # the first n rows of eval_split; None: all
     drop_leaked: bool = False  # leave out training rows whose dialogue also occurs in validation or test
-    train_file: str | None = None  # custom only: CSV or JSONL with dialogue and summary (optional id, section)
-    validation_file: str | None = None  # custom only; without it and test_file the single file is split by seed
+    train_file: str | None = (
+        None  # custom only: CSV or JSONL with dialogue and summary (optional id, section)
+    )
+    validation_file: str | None = (
+        None  # custom only; without it and test_file the single file is split by seed
+    )
     test_file: str | None = None  # custom only
 
 
@@ -43,7 +47,9 @@ class Prompt:
     instruction: str = "Summarize the following dialogue for section: {section}"  # {section} may be left out
     cue: str = "Summary:"  # plain only: the line after the dialogue that the answer continues
     max_tokens: int = 2048  # prompt tokens; a longer prompt loses the end of its dialogue, nothing else. Answers are never cut
-    few_shot: int = 0  # worked examples from the training split put before the dialogue (they use prompt tokens)
+    few_shot: int = (
+        0  # worked examples from the training split put before the dialogue (they use prompt tokens)
+    )
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,9 @@ class Quantization:
     bits: int = 4  # 4: bitsandbytes; 16: no quantisation (the "unquantised weights" control)
     type: str = "nf4"  # nf4 | fp4
     double: bool = True  # quantise the quantisation constants too: 0.37 bits a weight less
-    compute_dtype: str = "auto"  # auto: bfloat16 where the GPU has it, float16 on older ones, float32 on a CPU
+    compute_dtype: str = (
+        "auto"  # auto: bfloat16 where the GPU has it, float16 on older ones, float32 on a CPU
+    )
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,9 @@ class Lora:
     rank: int = 16  # columns of each low-rank factor: adapter size and memory grow with it
     alpha: int = 32  # the update is scaled by alpha / rank
     dropout: float = 0.05  # share of the adapter's inputs zeroed in training; 0 is faster
-    target_modules: tuple[str, ...] = ALL_LINEAR  # lm_head is allowed; the adapter then also carries its weights
+    target_modules: tuple[str, ...] = (
+        ALL_LINEAR  # lm_head is allowed; the adapter then also carries its weights
+    )
 
 
 @dataclass(frozen=True)
@@ -67,7 +77,9 @@ class Training:
     epochs: float = 3  # passes over the training rows
     max_steps: int | None = None  # stop after n optimizer steps, whatever epochs says
     batch_size: int = 16  # rows per optimizer step, accumulation included
-    micro_batch_size: int | None = None  # padded batches: rows per forward pass, divides batch_size; None: the planner chooses
+    micro_batch_size: int | None = (
+        None  # padded batches: rows per forward pass, divides batch_size; None: the planner chooses
+    )
     token_budget: int | None = None  # packed batches: tokens per forward pass; None: the planner chooses
     packing: str = "auto"  # auto: whole rows packed without padding where varlen attention exists, padded elsewhere | on | off
     kernels: str = "auto"  # auto: fused kernels on CUDA where they help | off
@@ -77,9 +89,13 @@ class Training:
     warmup_steps: float = 0  # optimizer steps; a value below 1 is a fraction of all steps
     weight_decay: float = 0.0  # decoupled (AdamW), on the adapter
     max_grad_norm: float = 1.0  # gradients of a step are scaled down to this 2-norm
-    optimizer: str = "adamw_torch_fused"  # any transformers name, e.g. paged_adamw_32bit, paged_adamw_8bit (CUDA)
+    optimizer: str = (
+        "adamw_torch_fused"  # any transformers name, e.g. paged_adamw_32bit, paged_adamw_8bit (CUDA)
+    )
     eval_steps: int | None = None  # validation loss and samples every n optimizer steps; None: every epoch
-    early_stopping_patience: int | None = None  # stop after n evaluations without a better validation loss; None: never
+    early_stopping_patience: int | None = (
+        None  # stop after n evaluations without a better validation loss; None: never
+    )
     keep_best: bool = True  # the adapter with the lowest validation loss is kept, not the last
     sample_rows: int = 1  # validation dialogues summarised at each evaluation
     keep_checkpoints: bool = False  # keep outputs/<run>/checkpoints after success
@@ -104,7 +120,9 @@ class Generation:
 class Experiment:
     name: str
     base_model: str = "data/demo/base"  # a Hugging Face model id or a folder (relative to the repository)
-    revision: str = "main"  # branch, tag or commit of base_model on the hub; the commit it resolved to is recorded
+    revision: str = (
+        "main"  # branch, tag or commit of base_model on the hub; the commit it resolved to is recorded
+    )
     pad_token: str = "unk"  # unk: reuse it | add: add [PAD] and resize the embeddings (they are then saved with the adapter)
     device: str = "auto"  # auto | cpu | cuda | cuda:1 ...
     seed: int = 42  # row order, adapter initialisation, dropout, sampling, bootstrap
@@ -132,7 +150,9 @@ class Experiment:
 
 def _named() -> dict[str, Experiment]:
     """The experiments by name. Each differs from the defaults above only in what is written here."""
-    mts_prompt = Prompt(instruction="Summarize the following dialogue for section: {section}", cue="Summary:", max_tokens=2048)
+    mts_prompt = Prompt(
+        instruction="Summarize the following dialogue for section: {section}", cue="Summary:", max_tokens=2048
+    )
     sam_prompt = Prompt(style="chat", instruction="Summarize the following dialogue.", max_tokens=4096)
     mts_dialog = Experiment(
         name="mts_dialog",
@@ -143,7 +163,9 @@ def _named() -> dict[str, Experiment]:
         quantization=Quantization(type="nf4", double=False),  # published: fp4 with fp32 compute
         lora=Lora(rank=8, alpha=32, dropout=0.05, target_modules=("q_proj", "v_proj")),
         training=Training(epochs=3, batch_size=16, learning_rate=3e-4),
-        generation=Generation(max_new_tokens=400),  # published: 4 beams, 200 tokens, which cut 7% of the references
+        generation=Generation(
+            max_new_tokens=400
+        ),  # published: 4 beams, 200 tokens, which cut 7% of the references
     )
     samsum = Experiment(
         name="samsum",
@@ -166,23 +188,43 @@ def _named() -> dict[str, Experiment]:
     best = dict(
         quantization=Quantization(double=True),
         lora=Lora(rank=32, alpha=64, dropout=0.0),
-        training=Training(epochs=3, batch_size=16, learning_rate=2e-4, schedule="cosine", warmup_steps=0.03, max_grad_norm=0.3),
+        training=Training(
+            epochs=3,
+            batch_size=16,
+            learning_rate=2e-4,
+            schedule="cosine",
+            warmup_steps=0.03,
+            max_grad_norm=0.3,
+        ),
     )
     return {
         "demo": Experiment(
             name="demo",
             prompt=Prompt(max_tokens=512),
             lora=Lora(rank=16, alpha=32, dropout=0.0),
-            training=Training(epochs=1, batch_size=8, learning_rate=3e-3, warmup_steps=0.05, schedule="cosine", sample_rows=1),
+            training=Training(
+                epochs=1,
+                batch_size=8,
+                learning_rate=3e-3,
+                warmup_steps=0.05,
+                schedule="cosine",
+                eval_steps=50,
+            ),
             generation=Generation(max_new_tokens=96),
         ),
         "mts_dialog": mts_dialog,
         "samsum": samsum,
         "mts_dialog_best": dataclasses.replace(
-            mts_dialog, name="mts_dialog_best", data=dataclasses.replace(mts_dialog.data, drop_leaked=True), **best
+            mts_dialog,
+            name="mts_dialog_best",
+            data=dataclasses.replace(mts_dialog.data, drop_leaked=True),
+            **best,
         ),
         "samsum_best": dataclasses.replace(
-            samsum, name="samsum_best", data=dataclasses.replace(samsum.data, train_rows=None, drop_leaked=True), **best
+            samsum,
+            name="samsum_best",
+            data=dataclasses.replace(samsum.data, train_rows=None, drop_leaked=True),
+            **best,
         ),
         "custom": Experiment(
             name="custom",
@@ -206,7 +248,9 @@ def load_experiment(name: str, /, **overrides) -> Experiment:
     """
     experiments = _named()
     if name not in experiments:
-        raise ExperimentError(f"Unknown experiment {name!r}: expected one of {', '.join(experiments)}.{_closest(name, experiments)}")
+        raise ExperimentError(
+            f"Unknown experiment {name!r}: expected one of {', '.join(experiments)}.{_closest(name, experiments)}"
+        )
     experiment = experiments[name]
     for key, value in overrides.items():
         experiment = _replace(experiment, key, value)
@@ -249,11 +293,19 @@ def _coerce(key: str, value, hint):
     """JSON's types for Python's: a list becomes a tuple, an int is a float; anything else of the wrong type is refused."""
     options = typing.get_args(hint) if isinstance(hint, type(int | None)) else (hint,)
     for option in options:
-        if typing.get_origin(option) is tuple and isinstance(value, list | tuple) and all(isinstance(v, str) for v in value):
+        if (
+            typing.get_origin(option) is tuple
+            and isinstance(value, list | tuple)
+            and all(isinstance(v, str) for v in value)
+        ):
             return tuple(value)
         if option is float and isinstance(value, int | float) and not isinstance(value, bool):
             return float(value) if isinstance(value, float) else value
-        if isinstance(option, type) and isinstance(value, option) and not (option is int and isinstance(value, bool)):
+        if (
+            isinstance(option, type)
+            and isinstance(value, option)
+            and not (option is int and isinstance(value, bool))
+        ):
             return value
     expected = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else hint
     raise ExperimentError(f"Override {key!r} is {value!r} ({type(value).__name__}): expected {expected}.")
@@ -307,19 +359,27 @@ def _check(e: Experiment):
 
     for key, choices in _CHOICES.items():
         if value(key) not in choices:
-            raise ExperimentError(f"{key} is {value(key)!r}: expected one of {', '.join(map(repr, choices))}.")
+            raise ExperimentError(
+                f"{key} is {value(key)!r}: expected one of {', '.join(map(repr, choices))}."
+            )
     for key, least in _AT_LEAST.items():
         if value(key) is not None and value(key) < least:
             raise ExperimentError(f"{key} is {value(key)}: expected at least {least}.")
     t, g = e.training, e.generation
     conflicts = [
-        (not e.lora.target_modules, "lora.target_modules is empty: name at least one linear layer, e.g. q_proj."),
+        (
+            not e.lora.target_modules,
+            "lora.target_modules is empty: name at least one linear layer, e.g. q_proj.",
+        ),
         (e.lora.dropout >= 1, f"lora.dropout is {e.lora.dropout}: expected a probability below 1."),
         (
             t.micro_batch_size is not None and t.batch_size % t.micro_batch_size != 0,
             f"training.micro_batch_size is {t.micro_batch_size}: expected a divisor of training.batch_size ({t.batch_size}).",
         ),
-        (g.do_sample and g.num_beams > 1, "generation.do_sample and generation.num_beams > 1 exclude each other: choose one."),
+        (
+            g.do_sample and g.num_beams > 1,
+            "generation.do_sample and generation.num_beams > 1 exclude each other: choose one.",
+        ),
         (
             not g.do_sample and (g.temperature != 1.0 or g.top_p != 1.0),
             "generation.temperature and generation.top_p only act when generation.do_sample is true: set it, or leave them at 1.",
@@ -352,7 +412,11 @@ def _check(e: Experiment):
 
 def splits(dataset: str) -> tuple[str, ...]:
     """The names of a dataset's splits, train first."""
-    return ("train", "validation", "test1", "test2") if dataset == "mts_dialog" else ("train", "validation", "test")
+    return (
+        ("train", "validation", "test1", "test2")
+        if dataset == "mts_dialog"
+        else ("train", "validation", "test")
+    )
 
 
 def write_atomic(path: Path, text: str) -> Path:

@@ -1,7 +1,9 @@
 """Batched decoding: one prediction row per test row, in the order of the rows."""
 
+import sys
+
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from src import modeling
 
@@ -41,16 +43,26 @@ def generate(model, tokenizer, rows, experiment, label: str = "", progress: bool
     size = experiment.generation.batch_size or (64 if model.device.type == "cpu" else 128)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].prompt_ids))
     results = [None] * len(rows)
-    for start in tqdm(range(0, len(order), size), desc=f"generate {label}".strip(), unit="batch", disable=not progress):
+    for start in tqdm(
+        range(0, len(order), size),
+        desc=f"generate {label}".strip(),
+        unit="batch",
+        disable=not progress,
+        file=sys.stdout,
+    ):
         chosen = order[start : start + size]
         for i, new in zip(
-            chosen, _decode(model, tokenizer, [rows[i].prompt_ids for i in chosen], config, experiment.seed + start), strict=True
+            chosen,
+            _decode(model, tokenizer, [rows[i].prompt_ids for i in chosen], config, experiment.seed + start),
+            strict=True,
         ):
             stopped = tokenizer.eos_token_id in new
             new = new[: new.index(tokenizer.eos_token_id) + 1] if stopped else new
             results[i] = {
                 "id": rows[i].id,
-                "prediction": tokenizer.decode(new[:-1] if stopped else new, skip_special_tokens=True).strip(),
+                "prediction": tokenizer.decode(
+                    new[:-1] if stopped else new, skip_special_tokens=True
+                ).strip(),
                 "tokens": len(new),
                 "stop": "eos" if stopped else "length",
                 "prompt_tokens": len(rows[i].prompt_ids),
@@ -68,10 +80,14 @@ def _decode(model, tokenizer, prompts: list[list[int]], config, seed: int) -> li
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
-    with torch.random.fork_rng(enabled=config.do_sample):  # sampling must not move the random numbers of training
+    with torch.random.fork_rng(
+        enabled=config.do_sample
+    ):  # sampling must not move the random numbers of training
         if config.do_sample:
             torch.manual_seed(seed)
-        output = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config)
+        output = model.generate(
+            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
+        )
     return output[:, width:].tolist()
 
 
@@ -86,7 +102,10 @@ def predict(model, tokenizer, records, rows, experiment) -> dict[str, list[dict]
     with model.disable_adapter():
         base = generate(model, tokenizer, rows, experiment, "base")
     finetuned = generate(model, tokenizer, rows, experiment, "fine-tuned")
-    shared = [{"id": r["id"], "section": r["section"], "dialogue": r["dialogue"], "reference": r["summary"]} for r in records]
+    shared = [
+        {"id": r["id"], "section": r["section"], "dialogue": r["dialogue"], "reference": r["summary"]}
+        for r in records
+    ]
     return {
         "base": [{**a, **b} for a, b in zip(shared, base, strict=True)],
         "finetuned": [{**a, **b} for a, b in zip(shared, finetuned, strict=True)],

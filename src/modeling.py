@@ -1,6 +1,7 @@
 """The base model in 4 bits, its tokenizer, and the adapter on top: loaded the same way on CUDA and on the CPU."""
 
 import os
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -57,7 +58,11 @@ def model_source(experiment) -> str:
 def fingerprint(experiment) -> dict[str, str]:
     """sha256 of a local base model's weight files; empty for a hub model, whose commit is recorded instead."""
     folder = experiments.ROOT / experiment.base_model
-    return {file.name: experiments.sha256_file(file) for file in sorted(folder.glob("*.safetensors"))} if folder.is_dir() else {}
+    return (
+        {file.name: experiments.sha256_file(file) for file in sorted(folder.glob("*.safetensors"))}
+        if folder.is_dir()
+        else {}
+    )
 
 
 def load_tokenizer(experiment):
@@ -78,7 +83,9 @@ def load_tokenizer(experiment):
     elif tokenizer.unk_token is not None:
         tokenizer.pad_token = tokenizer.unk_token
     elif tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        raise ModelError(f"pad_token is 'unk', and the tokenizer of {experiment.base_model!r} has none: set pad_token to 'add'.")
+        raise ModelError(
+            f"pad_token is 'unk', and the tokenizer of {experiment.base_model!r} has none: set pad_token to 'add'."
+        )
     return tokenizer
 
 
@@ -88,14 +95,19 @@ def load_base(experiment, tokenizer, device: torch.device | None = None, attenti
     `attention`: the name of a transformers attention function. `model.base_commit` holds the hub commit it came from
     (None for a folder).
     """
+    import transformers
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     device = device or resolve_device(experiment.device)
     dtype = compute_dtype(experiment, device)
     q = experiment.quantization
     config = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type=q.type, bnb_4bit_use_double_quant=q.double, bnb_4bit_compute_dtype=dtype
+        load_in_4bit=True,
+        bnb_4bit_quant_type=q.type,
+        bnb_4bit_use_double_quant=q.double,
+        bnb_4bit_compute_dtype=dtype,
     )
+    transformers.utils.logging.disable_progress_bar()  # of the weights, a line a notebook does not need
     with _hub_errors(experiment, "model"):
         model = AutoModelForCausalLM.from_pretrained(
             model_source(experiment),
@@ -119,12 +131,17 @@ def add_adapter(model, experiment):
     """A fresh LoRA adapter on the experiment's target modules: float32 weights, B = 0, so nothing changes before training."""
     from peft import LoraConfig, get_peft_model
 
-    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    names = {
+        name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)
+    }
     unknown = [name for name in experiment.lora.target_modules if name not in names]
     if unknown:
         raise ModelError(
             f"lora.target_modules names {', '.join(unknown)}: {experiment.base_model} has the linear layers {', '.join(sorted(names))}."
         )
+    warnings.filterwarnings(
+        "ignore", message=".*is_gradient_checkpointing.*"
+    )  # peft 0.21 asks transformers by its old name
     torch.manual_seed(experiment.seed)
     config = LoraConfig(
         r=experiment.lora.rank,
@@ -177,7 +194,9 @@ def dequantize(model):
     for name, module in layers:
         parent, _, child = name.rpartition(".")
         weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
-        linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+        linear = nn.Linear(
+            module.in_features, module.out_features, bias=module.bias is not None, device="meta"
+        )
         linear.weight = nn.Parameter(weight.to(module.compute_dtype or weight.dtype), requires_grad=False)
         linear.bias = module.bias
         setattr(model.get_submodule(parent), child, linear)
@@ -221,11 +240,16 @@ def _hub_errors(experiment, what: str):
                 f"{name!r} is a gated model and the hub refused its {what}; HF_TOKEN {token}. Accept the licence on the model's page, set HF_TOKEN to a "
                 f"read token, run again. {offline}"
             ) from error
-        if any(isinstance(e, RepositoryNotFoundError) for e in chain) or "not a valid model identifier" in str(error):
+        if any(
+            isinstance(e, RepositoryNotFoundError) for e in chain
+        ) or "not a valid model identifier" in str(error):
             raise ModelError(
                 f"The hub knows no model {name!r} at revision {experiment.revision!r} (or it is private): check base_model and revision, and HF_TOKEN if it is private. {offline}"
             ) from error
-        if any(isinstance(e, LocalEntryNotFoundError | OfflineModeIsEnabled) for e in chain) or "couldn't connect" in str(error).lower():
+        if (
+            any(isinstance(e, LocalEntryNotFoundError | OfflineModeIsEnabled) for e in chain)
+            or "couldn't connect" in str(error).lower()
+        ):
             raise ModelError(
                 f"The {what} of {name!r} (revision {experiment.revision!r}) is not in the local cache and the model hub cannot be reached. "
                 f"Check the network and HF_HUB_OFFLINE, run again. {offline}"

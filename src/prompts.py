@@ -46,7 +46,9 @@ def build(record: dict, tokenizer, config, shots=()) -> Encoded:
     pieces = _pieces(record, dialogue, tokenizer, config, shots)
     full = prompt_ids = _encode(pieces, tokenizer)
     if len(full) > config.max_tokens:
-        offsets = tokenizer(dialogue, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)["offset_mapping"]
+        offsets = tokenizer(
+            dialogue, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
+        )["offset_mapping"]
         keep = len(offsets)
         while len(prompt_ids) > config.max_tokens:
             keep -= len(prompt_ids) - config.max_tokens
@@ -61,7 +63,8 @@ def build(record: dict, tokenizer, config, shots=()) -> Encoded:
     return Encoded(
         id=record["id"],
         prompt_ids=prompt_ids,
-        answer_ids=_encode([(_lead(tokenizer, config) + answer_text, False)], tokenizer) + [tokenizer.eos_token_id],
+        answer_ids=_encode([(_lead(tokenizer, config) + answer_text, False)], tokenizer)
+        + [tokenizer.eos_token_id],
         prompt_text="".join(text for text, _ in pieces),
         answer_text=answer_text,
         cut_tokens=len(full) - len(prompt_ids),
@@ -70,7 +73,10 @@ def build(record: dict, tokenizer, config, shots=()) -> Encoded:
 
 def build_all(records, tokenizer, config, shots=()) -> list[Encoded]:
     """`build` for every record, then `check`."""
-    rows = [build(record, tokenizer, config, [s for s in shots if s["id"] != record["id"]][: config.few_shot]) for record in records]
+    rows = [
+        build(record, tokenizer, config, [s for s in shots if s["id"] != record["id"]][: config.few_shot])
+        for record in records
+    ]
     check(rows, tokenizer, config)
     return rows
 
@@ -88,12 +94,20 @@ def check(rows, tokenizer, config):
         broken = {
             f"{row.input_ids.count(bos)} BOS tokens, expected exactly one, at the start": bos is not None
             and (row.input_ids.count(bos) != 1 or row.input_ids[0] != bos),
-            f"{row.prompt_ids.count(eos)} EOS tokens inside the prompt, expected at most {turns}": row.prompt_ids.count(eos) > turns,
-            "the last supervised token is not EOS": not supervised or supervised[-1] != eos or supervised.count(eos) != 1,
-            "the labels are not the answer alone": supervised != row.answer_ids or len(row.labels) != len(row.input_ids),
+            f"{row.prompt_ids.count(eos)} EOS tokens inside the prompt, expected at most {turns}": row.prompt_ids.count(
+                eos
+            )
+            > turns,
+            "the last supervised token is not EOS": not supervised
+            or supervised[-1] != eos
+            or supervised.count(eos) != 1,
+            "the labels are not the answer alone": supervised != row.answer_ids
+            or len(row.labels) != len(row.input_ids),
         }
         for problem in (text for text, is_broken in broken.items() if is_broken):
-            raise PromptError(f"Row {row.id!r}: {problem}. The chat template or the tokenizer does not fit prompt.style {config.style!r}.")
+            raise PromptError(
+                f"Row {row.id!r}: {problem}. The chat template or the tokenizer does not fit prompt.style {config.style!r}."
+            )
 
 
 def token_table(row: Encoded, tokenizer) -> list[dict]:
@@ -113,7 +127,9 @@ def template(tokenizer, config) -> dict:
         "cue": config.cue if config.style == "plain" else None,
         "chat_template": tokenizer.chat_template if config.style == "chat" else None,
         "few_shot": config.few_shot,
-        "text": "".join(text for text, _ in _pieces(example, "{dialogue}", tokenizer, config, ())) + _lead(tokenizer, config) + "{summary}",
+        "text": "".join(text for text, _ in _pieces(example, "{dialogue}", tokenizer, config, ()))
+        + _lead(tokenizer, config)
+        + "{summary}",
         "max_prompt_tokens": config.max_tokens,
     }
 
@@ -136,7 +152,12 @@ def _pieces(record, dialogue, tokenizer, config, shots) -> list[tuple[str, bool]
     messages, contents = [], {}
     for number, (example, text, answer) in enumerate(shown):
         # Markers stand in for the contents while the template is rendered, so that its text and theirs stay apart.
-        messages.append({"role": "user", "content": _marker(contents, f"{_instruction(example, config)}\n\n{text}", 2 * number)})
+        messages.append(
+            {
+                "role": "user",
+                "content": _marker(contents, f"{_instruction(example, config)}\n\n{text}", 2 * number),
+            }
+        )
         if answer is not None:
             messages.append({"role": "assistant", "content": _marker(contents, answer, 2 * number + 1)})
     rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -172,7 +193,9 @@ def _adds_space(tokenizer) -> bool:
 
 def _encode(pieces, tokenizer) -> list[int]:
     """Ids of the pieces as one text. Special tokens are recognised in trusted pieces only."""
-    specials = re.compile("(" + "|".join(map(re.escape, sorted(tokenizer.all_special_tokens, key=len, reverse=True))) + ")")
+    specials = re.compile(
+        "(" + "|".join(map(re.escape, sorted(tokenizer.all_special_tokens, key=len, reverse=True))) + ")"
+    )
     parts: list[str | int] = []
     for text, trusted in pieces:
         for part in specials.split(text) if trusted else [text]:

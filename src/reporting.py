@@ -22,8 +22,18 @@ PUBLISHED = {  # published_by, the same for every scorer: {column: value}; score
         ("published: MEDIQA-Sum 2023 task B, best", "test2", 200, {"ROUGE-1": 0.43}),
     ],
     "samsum": [
-        ("published: recipe 2, base", "test", 819, {"ROUGE-1 stemmed": 0.2917, "ROUGE-2 stemmed": 0.0995, "ROUGE-L stemmed": 0.2184}),
-        ("published: recipe 2, fine-tuned", "test", 819, {"ROUGE-1 stemmed": 0.5158, "ROUGE-2 stemmed": 0.2651, "ROUGE-L stemmed": 0.4296}),
+        (
+            "published: recipe 2, base",
+            "test",
+            819,
+            {"ROUGE-1 stemmed": 0.2917, "ROUGE-2 stemmed": 0.0995, "ROUGE-L stemmed": 0.2184},
+        ),
+        (
+            "published: recipe 2, fine-tuned",
+            "test",
+            819,
+            {"ROUGE-1 stemmed": 0.5158, "ROUGE-2 stemmed": 0.2651, "ROUGE-L stemmed": 0.4296},
+        ),
         (
             "published: bart-large-xsum-samsum (model card)",
             "test",
@@ -34,15 +44,21 @@ PUBLISHED = {  # published_by, the same for every scorer: {column: value}; score
             "published: MV-BART (2020)",
             "test",
             819,
-            {"ROUGE-1 stemmed": 0.539, "ROUGE-2 stemmed": 0.284, "ROUGE-L stemmed": 0.444, "ROUGE-Lsum stemmed": 0.493},
+            {
+                "ROUGE-1 stemmed": 0.539,
+                "ROUGE-2 stemmed": 0.284,
+                "ROUGE-L stemmed": 0.444,
+                "ROUGE-Lsum stemmed": 0.493,
+            },
         ),
     ],
 }
 COLORS = {"reference": "#7f7f7f", "base": "#d08c2c", "finetuned": "#2b6ca3"}
 CSS = (
     "<style>.dlg{font:14px/1.5 system-ui,sans-serif;max-width:70em}.dlg table{border-collapse:collapse;width:100%}"
-    ".dlg td,.dlg th{border:1px solid #ccc;padding:.5em .7em;text-align:left;vertical-align:top;white-space:pre-wrap}"
-    ".dlg th{background:#f4f4f4;width:9em;white-space:normal}.dlg mark{background:#cfe3f6;color:#000;padding:1px 0}"
+    ".dlg td,.dlg th{border:1px solid #ccc!important;padding:.5em .7em!important;text-align:left!important;"
+    "vertical-align:top!important;white-space:pre-wrap!important;max-width:none!important}"
+    ".dlg th{background:#f4f4f4;width:9em;white-space:normal!important}.dlg mark{background:#cfe3f6;color:#000;padding:1px 0}"
     ".dlg .dim{color:#666}.dlg .warn{background:#fbe3c8;padding:0 .3em}</style>"
 )
 
@@ -65,7 +81,9 @@ def results_table(metrics: dict, columns=None, clean: bool = False) -> pd.DataFr
 
 def _interval(score: dict, digits: int) -> str:
     value = f"{score['value']:.{digits}f}"
-    return value if score["low"] is None else f"{value} [{score['low']:.{digits}f}, {score['high']:.{digits}f}]"
+    return (
+        value if score["low"] is None else f"{value} [{score['low']:.{digits}f}, {score['high']:.{digits}f}]"
+    )
 
 
 def published_table(dataset: str) -> pd.DataFrame:
@@ -80,20 +98,32 @@ def paired_table(metrics: dict) -> pd.DataFrame:
     for subset, columns in metrics["paired"]["finetuned minus base"].items():
         for column, test in columns.items():
             digits = 1 if column == "sacreBLEU" else 3
-            rows[(subset, column)] = {"difference": _interval({"value": test["difference"], **test}, digits), "p": f"{test['p']:.3f}"}
+            rows[(subset, column)] = {
+                "difference": _interval({"value": test["difference"], **test}, digits),
+                "p": f"{test['p']:.3f}",
+            }
     return pd.DataFrame(rows).T.rename_axis(["rows", "column"])
 
 
 def text_table(metrics: dict) -> pd.DataFrame:
     """Length, novelty, unsupported facts and how answers ended, one row a system."""
-    table = pd.DataFrame({SYSTEMS.get(name, name): system["text"] for name, system in metrics["systems"].items()}).T
-    return table.astype(float).round(3).rename_axis("system")
+    rows = {"(the references)": metrics["reference_text"]}
+    rows |= {SYSTEMS.get(name, name): system["text"] for name, system in metrics["systems"].items()}
+    table = pd.DataFrame(rows).T
+    return table.astype(float).map(lambda x: "" if x != x else f"{x:.2f}").rename_axis("system")
 
 
 def section_table(metrics: dict, column: str = "ROUGE-L") -> pd.DataFrame:
     """One row a section: n and the column's value with interval for base and fine-tuned. Sections under five rows have no interval."""
     base, tuned = (metrics["systems"][name]["sections"] for name in ("base", "finetuned"))
-    rows = {s: {"n": base[s]["n"], "base": _interval(base[s][column], 3), "fine-tuned": _interval(tuned[s][column], 3)} for s in base}
+    rows = {
+        s: {
+            "n": base[s]["n"],
+            "base": _interval(base[s][column], 3),
+            "fine-tuned": _interval(tuned[s][column], 3),
+        }
+        for s in base
+    }
     return pd.DataFrame(rows).T.rename_axis("section")
 
 
@@ -101,7 +131,10 @@ def runs_table(dataset: str) -> pd.DataFrame:
     """Every evaluated run of a dataset under outputs/: what differs from the named experiment, and its scores."""
     rows = {}
     for path in sorted((experiments.ROOT / "outputs").glob("*/metrics.json")):
-        metrics, config = read_json(path, "03_evaluate"), read_json(path.parent / "config.json", "02_train_qlora")
+        metrics, config = (
+            read_json(path, "03_evaluate"),
+            read_json(path.parent / "config.json", "02_train_qlora"),
+        )
         if metrics["dataset"] != dataset:
             continue
         tuned = metrics["systems"]["finetuned"]["all"]
@@ -113,7 +146,10 @@ def runs_table(dataset: str) -> pd.DataFrame:
             "learning rate": config["training"]["learning_rate"],
             "epochs": config["training"]["epochs"],
             "seed": config["seed"],
-            **{c: _interval(tuned[c], 1 if c == "sacreBLEU" else 3) for c in ("ROUGE-1", "ROUGE-L", "sacreBLEU")},
+            **{
+                c: _interval(tuned[c], 1 if c == "sacreBLEU" else 3)
+                for c in ("ROUGE-1", "ROUGE-L", "sacreBLEU")
+            },
         }
     return pd.DataFrame(rows).T.rename_axis("run")
 
@@ -129,7 +165,13 @@ def tokens_html(tokens: list[dict]) -> str:
     """The tokens of one row (prompts.token_table) in order, the supervised ones highlighted."""
     shown = []
     for token in tokens:
-        text = escape(token["token"]).replace("Ġ", "·").replace("▁", "·").replace("Ċ", "⏎\n").replace("&lt;0x0A&gt;", "⏎\n")
+        text = (
+            escape(token["token"])
+            .replace("Ġ", "·")
+            .replace("▁", "·")
+            .replace("Ċ", "⏎\n")
+            .replace("&lt;0x0A&gt;", "⏎\n")
+        )
         shown.append(f"<mark>{text}</mark>" if token["supervised"] else text)
     return f"{CSS}<div class=dlg><div style='white-space:pre-wrap;font-family:monospace'>{'&#8203;'.join(shown)}</div></div>"
 
@@ -137,7 +179,8 @@ def tokens_html(tokens: list[dict]) -> str:
 def answers_html(answers: dict[str, str]) -> str:
     """Named texts, one under the other."""
     rows = "".join(
-        f"<tr><th>{escape(name)}</th><td>{escape(text) or '<span class=dim>(empty)</span>'}</td></tr>" for name, text in answers.items()
+        f"<tr><th>{escape(name)}</th><td>{escape(text) or '<span class=dim>(empty)</span>'}</td></tr>"
+        for name, text in answers.items()
     )
     return f"{CSS}<div class=dlg><table>{rows}</table></div>"
 
@@ -145,14 +188,21 @@ def answers_html(answers: dict[str, str]) -> str:
 def load_run(experiment) -> tuple[dict, dict[str, list[dict]]]:
     """(metrics, {"base": rows, "finetuned": rows}) of a run, from its files."""
     metrics = read_json(experiment.run_dir / "metrics.json", "03_evaluate")
-    return metrics, {name: read_jsonl(experiment.run_dir / "predictions" / f"{name}.jsonl", "03_evaluate") for name in SYSTEMS}
+    return metrics, {
+        name: read_jsonl(experiment.run_dir / "predictions" / f"{name}.jsonl", "03_evaluate")
+        for name in SYSTEMS
+    }
 
 
 def choose_rows(metrics: dict, count: int = 3, seed: int = 0) -> dict[str, list[int]]:
     """Row numbers worth reading: best and worst of the fine-tuned model by ROUGE-L, and random ones."""
     order = np.argsort(metrics["per_row"]["finetuned"]["ROUGE-L"], kind="stable").tolist()
     middle = [i for i in order if i not in order[:count] + order[-count:]]
-    return {"random": random.Random(seed).sample(middle, min(count, len(middle))), "best": order[-count:][::-1], "worst": order[:count]}
+    return {
+        "random": random.Random(seed).sample(middle, min(count, len(middle))),
+        "best": order[-count:][::-1],
+        "worst": order[:count],
+    }
 
 
 def side_by_side(metrics: dict, predictions: dict, chosen: dict[str, list[int]]) -> str:
@@ -162,7 +212,9 @@ def side_by_side(metrics: dict, predictions: dict, chosen: dict[str, list[int]])
     parts = [CSS, "<div class=dlg>"]
     for title, numbers in chosen.items():
         parts.append(
-            f"<h3>{escape(title.capitalize())} by ROUGE-L of the fine-tuned model</h3>" if title != "random" else "<h3>Random</h3>"
+            f"<h3>{escape(title.capitalize())} by ROUGE-L of the fine-tuned model</h3>"
+            if title != "random"
+            else "<h3>Random</h3>"
         )
         for i in numbers:
             row = predictions["base"][i]
@@ -171,8 +223,14 @@ def side_by_side(metrics: dict, predictions: dict, chosen: dict[str, list[int]])
             for name, label in SYSTEMS.items():
                 answer = predictions[name][i]
                 flags = sorted(scoring.unsupported(answer["prediction"], row["dialogue"]))
-                note = f"<br><span class=warn>not in the dialogue: {escape(', '.join(flags))}</span>" if flags else ""
-                ended = f"{answer['tokens']} tokens, {'cut at the cap' if answer['stop'] == 'length' else 'EOS'}"
+                note = (
+                    f"<br><span class=warn>not in the dialogue: {escape(', '.join(flags))}</span>"
+                    if flags
+                    else ""
+                )
+                ended = (
+                    f"{answer['tokens']} tokens, {'cut at the cap' if answer['stop'] == 'length' else 'EOS'}"
+                )
                 score = metrics["per_row"][name]["ROUGE-L"][i]
                 text = escape(answer["prediction"]) or "<span class=dim>(empty)</span>"
                 cells[label] = f"{text}{note}<br><span class=dim>ROUGE-L {score:.3f} · {ended}</span>"
@@ -192,7 +250,8 @@ def model_card(experiment, manifest: dict, metrics: dict) -> str:
     """README.md of the adapter: what it is, how it was trained, what it scores, what it is not for."""
     tuned, base = (metrics["systems"][name]["all"] for name in ("finetuned", "base"))
     scores = "\n".join(
-        f"| {c} | {_interval(base[c], 3)} | {_interval(tuned[c], 3)} |" for c in ("ROUGE-1", "ROUGE-2", "ROUGE-L", "sacreBLEU")
+        f"| {c} | {_interval(base[c], 3)} | {_interval(tuned[c], 3)} |"
+        for c in ("ROUGE-1", "ROUGE-2", "ROUGE-L", "sacreBLEU")
     )
     return f"""---
 library_name: peft
@@ -221,7 +280,10 @@ def print_summary(experiment):
     metrics, _ = load_run(experiment)
     table = pd.DataFrame(
         {
-            SYSTEMS.get(name, name): {c: s["all"][c]["value"] for c in ("ROUGE-1", "ROUGE-2", "ROUGE-L", "sacreBLEU")} | {"n": metrics["n"]}
+            SYSTEMS.get(name, name): {
+                c: s["all"][c]["value"] for c in ("ROUGE-1", "ROUGE-2", "ROUGE-L", "sacreBLEU")
+            }
+            | {"n": metrics["n"]}
             for name, s in metrics["systems"].items()
         }
     ).T.astype({"n": int})
@@ -249,12 +311,18 @@ def loss_curve(log: pd.DataFrame, manifest: dict):
     """Training loss of the logged steps, validation loss at every evaluation, and the step whose adapter was kept."""
     fig, (axis,) = figure()
     loss = log.dropna(subset=["loss"])
-    axis.plot(loss["step"], loss["loss"], color=COLORS["reference"], label="training (mean since the last log)")
+    axis.plot(
+        loss["step"], loss["loss"], color=COLORS["reference"], label="training (mean since the last log)"
+    )
     if "eval_loss" in log:
         evaluations = log.dropna(subset=["eval_loss"])
-        axis.plot(evaluations["step"], evaluations["eval_loss"], "o-", color=COLORS["finetuned"], label="validation")
+        axis.plot(
+            evaluations["step"], evaluations["eval_loss"], "o-", color=COLORS["finetuned"], label="validation"
+        )
         kept = evaluations[evaluations["step"] == manifest["best_step"]]
-        axis.plot(kept["step"], kept["eval_loss"], "o", ms=12, mfc="none", color=COLORS["finetuned"], label="kept")
+        axis.plot(
+            kept["step"], kept["eval_loss"], "o", ms=12, mfc="none", color=COLORS["finetuned"], label="kept"
+        )
     axis.set(xlabel="optimizer step", ylabel="loss (nats a supervised token)", ylim=(0, None))
     axis.legend(frameon=False)
     return fig
@@ -264,7 +332,13 @@ def score_distributions(metrics: dict, column: str = "ROUGE-L"):
     """Histogram of the per-row scores of base and fine-tuned."""
     fig, (axis,) = figure()
     for name, label in SYSTEMS.items():
-        axis.hist(metrics["per_row"][name][column], bins=np.linspace(0, 1, 21), alpha=0.6, color=COLORS[name], label=label)
+        axis.hist(
+            metrics["per_row"][name][column],
+            bins=np.linspace(0, 1, 21),
+            alpha=0.6,
+            color=COLORS[name],
+            label=label,
+        )
     axis.set(xlabel=f"{column} of a row (F1, 0-1, unstemmed)", ylabel=f"rows (n={metrics['n']})", xlim=(0, 1))
     axis.legend(frameon=False)
     return fig

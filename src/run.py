@@ -38,10 +38,15 @@ def main(arguments: list[str]) -> int:
     try:
         overrides = json.loads(arguments[1]) if len(arguments) == 2 else {}
         if not isinstance(overrides, dict):
-            raise experiments.ExperimentError(f"OVERRIDES is {arguments[1]}: expected a JSON object such as '{{\"lora.rank\": 8}}'.")
+            raise experiments.ExperimentError(
+                f"OVERRIDES is {arguments[1]}: expected a JSON object such as '{{\"lora.rank\": 8}}'."
+            )
         experiment = run(arguments[0], overrides)
     except json.JSONDecodeError as error:
-        print(f"OVERRIDES is not JSON ({error}): found {arguments[1]!r}, expected something like '{{\"lora.rank\": 8}}'.", file=sys.stderr)
+        print(
+            f"OVERRIDES is not JSON ({error}): found {arguments[1]!r}, expected something like '{{\"lora.rank\": 8}}'.",
+            file=sys.stderr,
+        )
         return 1
     except experiments.ExperimentError as error:
         print(error, file=sys.stderr)
@@ -56,5 +61,7 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # a debugger's warning in every notebook otherwise
+    os.environ.setdefault(
+        "PYDEVD_DISABLE_FILE_VALIDATION", "1"
+    )  # a debugger's warning in every notebook otherwise
     sys.exit(main(sys.argv[1:]))

@@ -47,10 +47,14 @@ def metric(name: str):
 def score_rows(predictions: list[str], references: list[str]) -> dict[str, np.ndarray]:
     """Per-row scores: one array of n values a ROUGE column, and "counts", n x 10: BLEU's matches and totals by n, two lengths."""
     if len(predictions) != len(references) or not references:
-        raise ValueError(f"{len(predictions)} predictions for {len(references)} references: expected as many, at least one.")
+        raise ValueError(
+            f"{len(predictions)} predictions for {len(references)} references: expected as many, at least one."
+        )
     rouge = metric("summary_rouge").compute(predictions=predictions, references=references)
     bleu = metric("summary_bleu").compute(predictions=predictions, references=references)
-    return {column: np.array(rouge[key]) for column, key in ROUGE.items()} | {"counts": np.array(bleu["counts"])}
+    return {column: np.array(rouge[key]) for column, key in ROUGE.items()} | {
+        "counts": np.array(bleu["counts"])
+    }
 
 
 def bleu(counts: np.ndarray, smooth: bool) -> float:
@@ -58,7 +62,9 @@ def bleu(counts: np.ndarray, smooth: bool) -> float:
     from sacrebleu.metrics import BLEU
 
     total = [int(x) for x in counts.sum(0)]
-    return BLEU.compute_bleu(total[:4], total[4:8], total[8], total[9], smooth_method="exp" if smooth else "none").score
+    return BLEU.compute_bleu(
+        total[:4], total[4:8], total[8], total[9], smooth_method="exp" if smooth else "none"
+    ).score
 
 
 def corpus(rows: dict[str, np.ndarray], chosen=slice(None)) -> dict[str, float]:
@@ -87,7 +93,11 @@ def with_intervals(rows: dict, chosen: np.ndarray, seed: int) -> dict[str, dict]
     part = {name: values[chosen] for name, values in rows.items()}
     drawn = distribution(part, resamples(len(chosen), seed))
     return {
-        column: {"value": value, "low": float(np.quantile(drawn[column], 0.025)), "high": float(np.quantile(drawn[column], 0.975))}
+        column: {
+            "value": value,
+            "low": float(np.quantile(drawn[column], 0.025)),
+            "high": float(np.quantile(drawn[column], 0.975)),
+        }
         for column, value in corpus(part).items()
     }
 
@@ -107,7 +117,12 @@ def paired_test(first: dict, second: dict, chosen: np.ndarray, seed: int) -> dic
         drawn = after[column] - before[column]
         hits = int((np.abs(drawn - drawn.mean()) >= abs(difference)).sum())
         low, high = np.quantile(drawn, [0.025, 0.975])
-        result[column] = {"difference": difference, "low": float(low), "high": float(high), "p": (hits + 1) / (BOOTSTRAP + 1)}
+        result[column] = {
+            "difference": difference,
+            "low": float(low),
+            "high": float(high),
+            "p": (hits + 1) / (BOOTSTRAP + 1),
+        }
     return result
 
 
@@ -136,7 +151,9 @@ def stock_answers(records: list[dict], train: list[dict]) -> list[str]:
     for row in train:
         by_section[row["section"]][row["summary"]] += 1
         by_section[None][row["summary"]] += 1
-    return [by_section[r["section"] if r["section"] in by_section else None].most_common(1)[0][0] for r in records]
+    return [
+        by_section[r["section"] if r["section"] in by_section else None].most_common(1)[0][0] for r in records
+    ]
 
 
 def nearest_summaries(records: list[dict], train: list[dict]) -> list[str]:
@@ -150,7 +167,10 @@ def nearest_summaries(records: list[dict], train: list[dict]) -> list[str]:
             weight = (1 + math.log(n)) * idf[word]
             postings[word].append((i, weight))
             norms[i] += weight**2
-    arrays = {word: (np.array([i for i, _ in hits]), np.array([w for _, w in hits])) for word, hits in postings.items()}
+    arrays = {
+        word: (np.array([i for i, _ in hits]), np.array([w for _, w in hits]))
+        for word, hits in postings.items()
+    }
     sections = np.array([row["section"] for row in train])
     chosen = []
     for record in records:
@@ -161,7 +181,11 @@ def nearest_summaries(records: list[dict], train: list[dict]) -> list[str]:
                 similarity[rows] += (1 + math.log(n)) * idf[word] * weights
         similarity /= np.sqrt(np.maximum(norms, 1e-12))
         same = sections == record["section"]
-        chosen.append(train[int(np.where(same, similarity, -1).argmax() if same.any() else similarity.argmax())]["summary"])
+        chosen.append(
+            train[int(np.where(same, similarity, -1).argmax() if same.any() else similarity.argmax())][
+                "summary"
+            ]
+        )
     return chosen
 
 
@@ -187,19 +211,28 @@ def human_pairs(splits: list[list[dict]], key) -> list[tuple[str, str]]:
     return [(found[1], found[0]) for found in summaries.values() if len(found) > 1]
 
 
+def released_systems(rows: list[dict]) -> dict[str, tuple[list[str], list[str]]]:
+    """The four EACL-2023 systems' (predictions, references) from `data.released_outputs`: each starts where the ids start anew."""
+    systems = {}
+    for row in rows:
+        if row["ID"] == rows[0]["ID"]:
+            systems[f"EACL-2023 system {len(systems) + 1} (released outputs)"] = ([], [])
+        predictions, references = list(systems.values())[-1]
+        predictions.append(row["Automatic Summary"])
+        references.append(row["Reference Summary"])
+    return systems
+
+
 # ---------------------------------------------------------------- what scores do not see
 
-NUMBER_WORDS = {
-    w: str(n)
-    for n, w in enumerate(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty".split()
-    )
-} | {"thirty": "30", "forty": "40", "fifty": "50", "sixty": "60", "seventy": "70", "eighty": "80", "ninety": "90", "hundred": "100"}
+ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
+NUMBER_WORDS = {word: n for n, word in enumerate(ONES.split())} | {
+    word: 10 * n for n, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)
+}
 DRUG = re.compile(
     r"(?:cillin|mycin|micin|floxacin|cycline|azole|pril|sartan|olol|dipine|statin|formin|gliptin|glitazone|prazole|tidine|setron|triptan|"
     r"profen|oxicam|coxib|codone|morphone|barbital|azepam|zolam|oxetine|aline|traline|parin|xaban|lukast|terol|sone|solone|ide|thiazide|mab)$"
 )
-DOSE = re.compile(r"\d+(?:\.\d+)?(?= ?(?:mg|mcg|g|ml|units?|percent|%))")
 
 
 def _words(text: str) -> list[str]:
@@ -207,18 +240,42 @@ def _words(text: str) -> list[str]:
 
 
 def facts(text: str) -> set[str]:
-    """Numbers (words become digits: "two" is 2, "twenty-one" is 21) and words with a drug's ending, of at least seven letters."""
-    found = set()
-    text = text.lower().replace(",000", "000")
-    for word in _words(text):
-        parts = [NUMBER_WORDS.get(part, part) for part in word.split("-")]
-        if len(parts) == 2 and all(p.isdigit() for p in parts) and len(parts[0]) == 2 and len(parts[1]) == 1 and not word[0].isdigit():
-            parts = [str(int(parts[0]) + int(parts[1]))]
-        for part in parts:
-            found.update(re.findall(r"\d+(?:\.\d+)?", part))
-            if len(part) >= 7 and DRUG.search(part):
-                found.add(part)
-    return found
+    """Numbers as digits ("thirty-two" is 32, "nineteen eighty eight" 1988, "three hundred" 300) and, from seven letters, words with a drug's ending."""
+    words = [part for word in _words(text.replace(",000", "000")) for part in word.split("-")]
+    found = {word for word in words if len(word) >= 7 and DRUG.search(word)}
+    found.update(number for word in words for number in re.findall(r"\d+(?:\.\d+)?", word))
+    i = 0
+    while i < len(words):
+        value, i = _spoken(words, i) if words[i] in NUMBER_WORDS else (None, i + 1)
+        if value is not None:
+            found.add(str(value))
+    return found - {"0", "1"}  # "a week" is "1 week"
+
+
+def _spoken(words: list[str], i: int) -> tuple[int, int]:
+    """The number that the words from i on spell, and the position behind it."""
+
+    def below_hundred(i):
+        value = NUMBER_WORDS[words[i]]
+        if value >= 20 and i + 1 < len(words) and 1 <= NUMBER_WORDS.get(words[i + 1], 0) <= 9:
+            return value + NUMBER_WORDS[words[i + 1]], i + 2
+        return value, i + 1
+
+    value, i = below_hundred(i)
+    for unit, name in ((1000, "thousand"), (100, "hundred")):
+        if i < len(words) and words[i] == name:
+            value, i = value * unit, i + 1
+            i += i + 1 < len(words) and words[i] == "and" and words[i + 1] in NUMBER_WORDS
+            if i < len(words) and words[i] in NUMBER_WORDS:
+                rest, i = _spoken(words, i)
+                value += rest
+            return value, i
+    if 11 <= value <= 20 and i < len(words):  # years: nineteen eighty eight, nineteen o five
+        j = i + (words[i] in ("o", "oh"))
+        if j < len(words) and words[j] in NUMBER_WORDS and (j > i or NUMBER_WORDS[words[j]] >= 10):
+            rest, i = below_hundred(j)
+            value = 100 * value + rest
+    return value, i
 
 
 def unsupported(summary: str, dialogue: str) -> set[str]:
@@ -234,7 +291,9 @@ def novel_bigrams(summary: str, dialogue: str) -> float:
     return sum(pair not in known for pair in pairs) / len(pairs) if pairs else math.nan
 
 
-def text_statistics(predictions: list[str], records: list[dict], answers: list[dict] | None = None) -> dict[str, float]:
+def text_statistics(
+    predictions: list[str], records: list[dict], answers: list[dict] | None = None
+) -> dict[str, float]:
     """Lengths in words, novelty, unsupported facts; with `answers` (rows of 03) also how generation ended."""
     lengths = [len(p.split()) for p in predictions]
     references = [len(r["summary"].split()) for r in records]
@@ -276,7 +335,10 @@ def evaluate_systems(records, systems: dict[str, list[str]], leaked=(), seed=0, 
             "clean": with_intervals(rows[name], clean, seed) if 0 < len(clean) < len(everything) else None,
             "text": text_statistics(predictions, records, (answers or {}).get(name)),
             "sections": {
-                section: {"n": len(chosen), **{c: _mean_interval(rows[name][c][chosen], seed) for c in ("ROUGE-1", "ROUGE-L")}}
+                section: {
+                    "n": len(chosen),
+                    **{c: _mean_interval(rows[name][c][chosen], seed) for c in ("ROUGE-1", "ROUGE-L")},
+                }
                 for section, chosen in sorted(sections.items(), key=lambda item: -len(item[1]))
                 if section
             },
@@ -291,24 +353,40 @@ def _mean_interval(values: np.ndarray, seed: int) -> dict[str, float | None]:
     return {"value": float(values.mean()), "low": low, "high": high}
 
 
-def evaluate_run(experiment, predictions: dict[str, list[dict]], records: list[dict], train: list[dict], leaked=()) -> dict:
+def evaluate_run(
+    experiment, predictions: dict[str, list[dict]], records: list[dict], train: list[dict], leaked=()
+) -> dict:
     """The content of metrics.json: base, fine-tuned and the systems without a model, scored alike.
 
     `predictions`: {"base": rows, "finetuned": rows} of 03; `records` the evaluation rows, `train` the rows trained on.
     """
-    systems = {name: [row["prediction"] for row in rows] for name, rows in predictions.items()} | without_model(records, train)
+    systems = {
+        name: [row["prediction"] for row in rows] for name, rows in predictions.items()
+    } | without_model(records, train)
     scores = evaluate_systems(records, systems, leaked, experiment.seed, predictions)
     rows = scores.pop("rows")
-    chosen = {"all": np.arange(len(records)), "clean": np.array([i for i, r in enumerate(records) if r["id"] not in leaked], dtype=int)}
-    pairs = {k: paired_test(rows["base"], rows["finetuned"], c, experiment.seed) for k, c in chosen.items() if len(c)}
+    chosen = {
+        "all": np.arange(len(records)),
+        "clean": np.array([i for i, r in enumerate(records) if r["id"] not in leaked], dtype=int),
+    }
+    pairs = {
+        k: paired_test(rows["base"], rows["finetuned"], c, experiment.seed)
+        for k, c in chosen.items()
+        if len(c)
+    }
+    text = text_statistics([r["summary"] for r in records], records)
     return {
         "run_id": experiment.run_id,
         "dataset": experiment.data.dataset,
         "split": experiment.data.eval_split,
         **scores,
+        "reference_text": text,
         "paired": {"finetuned minus base": pairs},
         "per_row": {
-            name: {"ROUGE-1": rows[name]["ROUGE-1"].round(6).tolist(), "ROUGE-L": rows[name]["ROUGE-L"].round(6).tolist()}
+            name: {
+                "ROUGE-1": rows[name]["ROUGE-1"].round(6).tolist(),
+                "ROUGE-L": rows[name]["ROUGE-L"].round(6).tolist(),
+            }
             for name in predictions
         },
         "settings": settings(experiment.seed),
@@ -319,4 +397,10 @@ def settings(seed: int) -> dict:
     """Which scorer, which version, which signature is behind every column."""
     signature = metric("summary_bleu").compute(predictions=["a"], references=["a"])["signature"]
     versions = {name: importlib.metadata.version(name) for name in ("rouge-score", "sacrebleu", "evaluate")}
-    return {"columns": COLUMNS, "sacrebleu signature": signature, "versions": versions, "bootstrap": BOOTSTRAP, "seed": seed}
+    return {
+        "columns": COLUMNS,
+        "sacrebleu signature": signature,
+        "versions": versions,
+        "bootstrap": BOOTSTRAP,
+        "seed": seed,
+    }

@@ -35,7 +35,13 @@ class StepSampler:
     """
 
     def __init__(self, lengths: list[int], batch_size: int, micro_batch_size: int, seed: int):
-        self.lengths, self.batch_size, self.micro_batch_size, self.seed, self.epoch = lengths, batch_size, micro_batch_size, seed, 0
+        self.lengths, self.batch_size, self.micro_batch_size, self.seed, self.epoch = (
+            lengths,
+            batch_size,
+            micro_batch_size,
+            seed,
+            0,
+        )
 
     def set_epoch(self, epoch: int):
         self.epoch = epoch
@@ -49,9 +55,15 @@ class StepSampler:
         order = list(range(len(self.lengths)))
         generator.shuffle(order)
         span = GROUP * self.batch_size
-        groups = [sorted(order[i : i + span], key=self.lengths.__getitem__) for i in range(0, len(order), span)]
-        steps = [group[i : i + self.batch_size] for group in groups for i in range(0, len(group), self.batch_size)]
-        short = [step for step in steps if len(step) < self.batch_size]  # at most one, at the end of the epoch
+        groups = [
+            sorted(order[i : i + span], key=self.lengths.__getitem__) for i in range(0, len(order), span)
+        ]
+        steps = [
+            group[i : i + self.batch_size] for group in groups for i in range(0, len(group), self.batch_size)
+        ]
+        short = [
+            step for step in steps if len(step) < self.batch_size
+        ]  # at most one, at the end of the epoch
         steps = [step for step in steps if len(step) == self.batch_size]
         generator.shuffle(steps)
         for step in steps + short:
@@ -71,18 +83,29 @@ def collate(rows, pad_id: int) -> dict[str, torch.Tensor]:
     for i, row in enumerate(rows):
         n = len(row.input_ids)
         ids[i, :n], labels[i, :n], mask[i, :n] = torch.tensor(row.input_ids), torch.tensor(row.labels), 1
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "tokens": sum(len(row.input_ids) for row in rows)}
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "labels": labels,
+        "tokens": sum(len(row.input_ids) for row in rows),
+    }
 
 
 def summed_loss(model, inputs: dict) -> tuple[torch.Tensor, int]:
     """Cross-entropy summed over the supervised tokens of a batch, and their number. Logits exist only where a row has a label."""
-    inputs = {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in inputs.items()}
+    inputs = {
+        key: value.to(model.device) if torch.is_tensor(value) else value for key, value in inputs.items()
+    }
     inputs.pop("tokens", None)
-    targets = F.pad(inputs.pop("labels")[:, 1:], (0, 1), value=prompts.IGNORE)  # position i predicts token i + 1
+    targets = F.pad(
+        inputs.pop("labels")[:, 1:], (0, 1), value=prompts.IGNORE
+    )  # position i predicts token i + 1
     positions = (targets != prompts.IGNORE).any(0).nonzero().squeeze(1)
     logits = model(**inputs, logits_to_keep=positions, use_cache=False).logits
     targets = targets[:, positions]
-    loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=prompts.IGNORE, reduction="sum")
+    loss = F.cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten(), ignore_index=prompts.IGNORE, reduction="sum"
+    )
     return loss, int((targets != prompts.IGNORE).sum())
 
 
@@ -102,11 +125,15 @@ class SummaryTrainer(Trainer):
     def __init__(self, *args, sampler: StepSampler, pad_id: int, log_path, answer_samples, **kwargs):
         self.sampler, self.pad_id, self.answer_samples, self.seen_tokens = sampler, pad_id, answer_samples, 0
         super().__init__(*args, data_collator=lambda rows: collate(rows, pad_id), **kwargs)
-        self.model_accepts_loss_kwargs = True  # have the supervised tokens of the whole optimizer step counted
+        self.model_accepts_loss_kwargs = (
+            True  # have the supervised tokens of the whole optimizer step counted
+        )
         self.add_callback(Log(log_path, self))
 
     def get_train_dataloader(self):
-        return self.accelerator.prepare(DataLoader(self.train_dataset, batch_sampler=self.sampler, collate_fn=self.data_collator))
+        return self.accelerator.prepare(
+            DataLoader(self.train_dataset, batch_sampler=self.sampler, collate_fn=self.data_collator)
+        )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         self.seen_tokens += inputs["tokens"]
@@ -136,7 +163,9 @@ class Log(TrainerCallback):
         row = {key: logs[key] for key in ("loss", "eval_loss", "learning_rate", "grad_norm") if key in logs}
         if not row:
             return
-        if "loss" in row:  # tokens are real prompt and answer tokens, no padding; the clock leaves evaluations out
+        if (
+            "loss" in row
+        ):  # tokens are real prompt and answer tokens, no padding; the clock leaves evaluations out
             tokens, now = self.trainer.seen_tokens, time.perf_counter()
             row["tokens_per_second"] = round((tokens - self.tokens) / (now - self.clock))
             self.tokens, self.clock = tokens, now
@@ -162,7 +191,11 @@ def total_steps(experiment, rows: int) -> int:
 def plan(experiment, rows) -> dict:
     """What a step will be."""
     t = experiment.training
-    return {"rows": len(rows), "optimizer steps": total_steps(experiment, len(rows)), "rows per optimizer step": t.batch_size}
+    return {
+        "rows": len(rows),
+        "optimizer steps": total_steps(experiment, len(rows)),
+        "rows per optimizer step": t.batch_size,
+    }
 
 
 def arguments(experiment, device: torch.device, micro_batch_size: int, steps: int) -> TrainingArguments:
@@ -202,7 +235,9 @@ def arguments(experiment, device: torch.device, micro_batch_size: int, steps: in
     )
 
 
-def train(experiment, model, tokenizer, train_rows, validation_rows, samples=(), inputs=None, plan=None) -> dict:
+def train(
+    experiment, model, tokenizer, train_rows, validation_rows, samples=(), inputs=None, plan=None
+) -> dict:
     """Train the adapter of `model` (a PeftModel) in place on `train_rows`; all rows are prompts.Encoded.
 
     Writes train_log.jsonl, adapter/ and, last, manifest.json to the run folder and returns the manifest. An interrupted run
@@ -213,7 +248,9 @@ def train(experiment, model, tokenizer, train_rows, validation_rows, samples=(),
     run, t, device = experiment.run_dir, experiment.training, model.device
     begin_run(experiment, inputs)
     if (run / "manifest.json").exists():
-        print(f"{experiments.relative(run)} holds this run, finished: its adapter is loaded. Delete the folder to train again.")
+        print(
+            f"{experiments.relative(run)} holds this run, finished: its adapter is loaded. Delete the folder to train again."
+        )
         set_peft_model_state_dict(model, load_file(run / "adapter" / "adapter_model.safetensors"))
         return experiments.read_json(run / "manifest.json", "02_train_qlora")
     log_path = run / "train_log.jsonl"
@@ -225,9 +262,17 @@ def train(experiment, model, tokenizer, train_rows, validation_rows, samples=(),
         log_path.unlink(missing_ok=True)
 
     def answer_samples(step):
-        for row, answer in zip(samples, generation.generate(model, tokenizer, samples, experiment, progress=False), strict=True):
-            append(log_path, {"step": step, "id": row.id, "reference": row.answer_text, "sample": answer["prediction"]})
-            print(f"step {step}, row {row.id}\n  reference: {row.answer_text}\n  generated: {answer['prediction']}", flush=True)
+        for row, answer in zip(
+            samples, generation.generate(model, tokenizer, samples, experiment, progress=False), strict=True
+        ):
+            append(
+                log_path,
+                {"step": step, "id": row.id, "reference": row.answer_text, "sample": answer["prediction"]},
+            )
+            print(
+                f"step {step}, row {row.id}\n  reference: {row.answer_text}\n  generated: {answer['prediction']}",
+                flush=True,
+            )
 
     trainer = SummaryTrainer(
         model=model,
@@ -258,7 +303,9 @@ def train(experiment, model, tokenizer, train_rows, validation_rows, samples=(),
         "train_tokens": trainer.seen_tokens,
         "train_seconds": round(seconds, 1),
         "resumed_from_step": int(checkpoint.rpartition("-")[2]) if checkpoint else None,
-        "peak_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 3) if device.type == "cuda" else None,
+        "peak_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
+        if device.type == "cuda"
+        else None,
         "parameters": modeling.count_parameters(model),
         **environment(device),
         "sha256": {
@@ -290,7 +337,11 @@ def begin_run(experiment, inputs: dict | None):
 
 
 def best_step(trainer) -> int:
-    return int(trainer.state.best_model_checkpoint.rpartition("-")[2]) if trainer.state.best_model_checkpoint else trainer.state.global_step
+    return (
+        int(trainer.state.best_model_checkpoint.rpartition("-")[2])
+        if trainer.state.best_model_checkpoint
+        else trainer.state.global_step
+    )
 
 
 def save_adapter(experiment, model, tokenizer):
@@ -306,10 +357,25 @@ def save_adapter(experiment, model, tokenizer):
 
 def environment(device: torch.device) -> dict:
     """What the run ran on: library versions, machine, git commit (None outside a checkout)."""
-    packages = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "evaluate", "rouge-score", "sacrebleu")
+    packages = (
+        "torch",
+        "transformers",
+        "peft",
+        "bitsandbytes",
+        "accelerate",
+        "datasets",
+        "evaluate",
+        "rouge-score",
+        "sacrebleu",
+    )
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=experiments.ROOT, capture_output=True, text=True)
     return {
-        "versions": {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in packages},
+        },
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads",
         "git_commit": git.stdout.strip() or None,
     }

@@ -17,7 +17,12 @@ RECORDS = [
         "dialogue": "Doctor: Any allergies?\nPatient: Yes, to penicillin.",
         "summary": "Allergic to penicillin.",
     },
-    {"id": "1", "section": "MEDICATIONS", "dialogue": "Doctor: Do you take anything?\nPatient: No, nothing at all.", "summary": "None."},
+    {
+        "id": "1",
+        "section": "MEDICATIONS",
+        "dialogue": "Doctor: Do you take anything?\nPatient: No, nothing at all.",
+        "summary": "None.",
+    },
     {
         "id": "2",
         "section": "CC",
@@ -41,8 +46,12 @@ def tiny_model(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("tiny")
     bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator([" ".join(r.values()) for r in RECORDS], vocab_size=400, special_tokens=["<unk>", "<s>", "</s>"])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    bpe.train_from_iterator(
+        [" ".join(r.values()) for r in RECORDS], vocab_size=400, special_tokens=["<unk>", "<s>", "</s>"]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = MistralConfig(
@@ -80,11 +89,17 @@ def sentencepiece_tokenizer(path, prepend: str):
         if p[:k] in vocabulary and p[k:] in vocabulary
     ]
     splits.sort(key=lambda split: (split[0], vocabulary[split[1]], vocabulary[split[2]]))
-    model = models.BPE(vocabulary, [(a, b) for _, a, b in splits], unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    model = models.BPE(
+        vocabulary, [(a, b) for _, a, b in splits], unk_token="<unk>", fuse_unk=True, byte_fallback=True
+    )
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=prepend, split=False)
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -99,4 +114,6 @@ def official():
 def mistral_tokenizer(request):
     import mistral_common
 
-    return sentencepiece_tokenizer(Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1", request.param)
+    return sentencepiece_tokenizer(
+        Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1", request.param
+    )

@@ -22,8 +22,21 @@ def test_run_id_depends_on_values_alone():
 
 
 def test_overrides_reach_their_field_and_json_types_are_accepted():
-    e = load_experiment("samsum", **{"lora.target_modules": ["q_proj", "lm_head"], "lora.dropout": 0, "data.train_rows": None, "seed": 7})
-    assert e.lora.target_modules == ("q_proj", "lm_head") and e.lora.dropout == 0 and e.data.train_rows is None and e.seed == 7
+    e = load_experiment(
+        "samsum",
+        **{
+            "lora.target_modules": ["q_proj", "lm_head"],
+            "lora.dropout": 0,
+            "data.train_rows": None,
+            "seed": 7,
+        },
+    )
+    assert (
+        e.lora.target_modules == ("q_proj", "lm_head")
+        and e.lora.dropout == 0
+        and e.data.train_rows is None
+        and e.seed == 7
+    )
 
 
 @pytest.mark.parametrize(
@@ -39,7 +52,10 @@ def test_overrides_reach_their_field_and_json_types_are_accepted():
         ({"lora.dropout": 1.0}, r"lora.dropout is 1.0"),
         ({"lora.target_modules": []}, r"lora.target_modules is empty"),
         ({"quantization.type": "int8"}, r"quantization.type is 'int8': expected one of 'nf4', 'fp4'"),
-        ({"training.micro_batch_size": 2}, r"micro_batch_size is 2: expected a divisor of training.batch_size \(3\)"),
+        (
+            {"training.micro_batch_size": 2},
+            r"micro_batch_size is 2: expected a divisor of training.batch_size \(3\)",
+        ),
         ({"generation.do_sample": True, "generation.num_beams": 4}, r"exclude each other"),
         ({"generation.temperature": 0.5}, r"only act when generation.do_sample"),
         ({"generation.length_penalty": 0.8}, r"only act with generation.num_beams > 1"),
@@ -54,18 +70,33 @@ def test_what_cannot_run_is_refused_by_name(overrides, message):
 
 
 def test_an_unknown_experiment_names_the_known_ones():
-    with pytest.raises(ExperimentError, match=r"Unknown experiment 'samsun': expected one of demo.*Did you mean 'samsum'"):
+    with pytest.raises(
+        ExperimentError, match=r"Unknown experiment 'samsun': expected one of demo.*Did you mean 'samsum'"
+    ):
         load_experiment("samsun")
 
 
 def test_published_recipes_keep_their_hyperparameters():
     # published_recipes: recipe 1 and 2 as their notebooks have them, apart from the corrections documented beside the fields
     one, two = load_experiment("mts_dialog"), load_experiment("samsum")
-    assert (one.lora.rank, one.lora.alpha, one.lora.dropout, one.lora.target_modules) == (8, 32, 0.05, ("q_proj", "v_proj"))
+    assert (one.lora.rank, one.lora.alpha, one.lora.dropout, one.lora.target_modules) == (
+        8,
+        32,
+        0.05,
+        ("q_proj", "v_proj"),
+    )
     assert (one.training.epochs, one.training.batch_size, one.training.learning_rate) == (3, 16, 3e-4)
     assert (two.lora.rank, two.lora.alpha, two.lora.dropout, two.data.train_rows) == (32, 64, 0.1, 7366)
     t = two.training
-    assert (t.epochs, t.batch_size, t.learning_rate, t.warmup_steps, t.weight_decay, t.max_grad_norm, t.eval_steps) == (
+    assert (
+        t.epochs,
+        t.batch_size,
+        t.learning_rate,
+        t.warmup_steps,
+        t.weight_decay,
+        t.max_grad_norm,
+        t.eval_steps,
+    ) == (
         3,
         3,
         3e-4,

@@ -10,7 +10,9 @@ from src import experiments, generation, modeling, prompts
 
 @pytest.fixture
 def setup(tiny_model, records):
-    e = experiments.load_experiment("demo", **{"base_model": str(tiny_model), "device": "cpu", "generation.max_new_tokens": 6})
+    e = experiments.load_experiment(
+        "demo", **{"base_model": str(tiny_model), "device": "cpu", "generation.max_new_tokens": 6}
+    )
     tokenizer = modeling.load_tokenizer(e)
     model = modeling.add_adapter(modeling.load_base(e, tokenizer), e).eval()
     return e, tokenizer, model, records, prompts.build_all(records, tokenizer, e.prompt)
@@ -53,9 +55,15 @@ def test_stop_reason_and_token_count(setup, monkeypatch):
         len(rows[1].prompt_ids): [eos, 0, 0, 0, 0, 0],
         len(rows[2].prompt_ids): [word] * 6,
     }
-    monkeypatch.setattr(generation, "_decode", lambda model, tokenizer, chosen, *rest: [scripted[len(p)] for p in chosen])
+    monkeypatch.setattr(
+        generation, "_decode", lambda model, tokenizer, chosen, *rest: [scripted[len(p)] for p in chosen]
+    )
     answers = generation.generate(model, tokenizer, rows, e, progress=False)
-    assert [(a["prediction"], a["tokens"], a["stop"]) for a in answers] == [("a", 2, "eos"), ("", 1, "eos"), ("aaaaaa", 6, "length")]
+    assert [(a["prediction"], a["tokens"], a["stop"]) for a in answers] == [
+        ("a", 2, "eos"),
+        ("", 1, "eos"),
+        ("aaaaaa", 6, "length"),
+    ]
 
 
 def test_base_answers_ignore_the_adapter_and_finetuned_answers_do_not(setup):
@@ -68,7 +76,10 @@ def test_base_answers_ignore_the_adapter_and_finetuned_answers_do_not(setup):
     predictions = generation.predict(model, tokenizer, records, rows, e)
     assert [a["prediction"] for a in predictions["base"]] == [a["prediction"] for a in plain]
     assert [a["prediction"] for a in predictions["finetuned"]] != [a["prediction"] for a in plain]
-    assert predictions["base"][0]["reference"] == "Allergic to penicillin." and predictions["base"][0]["dialogue"] == records[0]["dialogue"]
+    assert (
+        predictions["base"][0]["reference"] == "Allergic to penicillin."
+        and predictions["base"][0]["dialogue"] == records[0]["dialogue"]
+    )
 
 
 def test_sampling_is_seeded_and_leaves_other_random_numbers_alone(setup):
@@ -86,9 +97,22 @@ def test_sampling_is_seeded_and_leaves_other_random_numbers_alone(setup):
 
 def test_decoding_settings_reach_transformers(setup):
     e, tokenizer, *_ = setup
-    g = dataclasses.replace(e.generation, num_beams=4, early_stopping=True, length_penalty=0.8, no_repeat_ngram_size=2, min_new_tokens=3)
+    g = dataclasses.replace(
+        e.generation,
+        num_beams=4,
+        early_stopping=True,
+        length_penalty=0.8,
+        no_repeat_ngram_size=2,
+        min_new_tokens=3,
+    )
     config = generation.generation_config(dataclasses.replace(e, generation=g), tokenizer)
-    assert (config.num_beams, config.early_stopping, config.length_penalty, config.no_repeat_ngram_size, config.min_new_tokens) == (
+    assert (
+        config.num_beams,
+        config.early_stopping,
+        config.length_penalty,
+        config.no_repeat_ngram_size,
+        config.min_new_tokens,
+    ) == (
         4,
         True,
         0.8,

@@ -24,7 +24,9 @@ def chat(tokenizer, form="older"):
 
 @pytest.mark.parametrize("dialogue", ["A: hi\nB: hello there", HOSTILE, " leading space", "x" * 300])
 def test_plain_prompt_has_the_official_ids(mistral_tokenizer, official, dialogue):
-    row = prompts.build({"id": "1", "section": "CC", "dialogue": dialogue, "summary": "Knee pain."}, mistral_tokenizer, PLAIN)
+    row = prompts.build(
+        {"id": "1", "section": "CC", "dialogue": dialogue, "summary": "Knee pain."}, mistral_tokenizer, PLAIN
+    )
     sentencepiece = official.instruct_tokenizer.tokenizer
     text = f"Summarize the following dialogue for section: CC\n{dialogue}\nSummary:"
     assert row.prompt_ids == sentencepiece.encode(text, bos=True, eos=False)
@@ -37,24 +39,44 @@ def test_chat_prompt_has_the_official_ids(mistral_tokenizer, official, dialogue,
     from mistral_common.protocol.instruct.messages import AssistantMessage, UserMessage
     from mistral_common.protocol.instruct.request import ChatCompletionRequest
 
-    row = prompts.build({"id": "1", "section": "", "dialogue": dialogue, "summary": "They greet."}, chat(mistral_tokenizer, form), CHAT)
+    row = prompts.build(
+        {"id": "1", "section": "", "dialogue": dialogue, "summary": "They greet."},
+        chat(mistral_tokenizer, form),
+        CHAT,
+    )
     user = UserMessage(content=f"Summarize the following dialogue.\n\n{dialogue}")
     assert row.prompt_ids == official.encode_chat_completion(ChatCompletionRequest(messages=[user])).tokens
-    whole = ChatCompletionRequest(messages=[user, AssistantMessage(content="They greet."), UserMessage(content="x")])
+    whole = ChatCompletionRequest(
+        messages=[user, AssistantMessage(content="They greet."), UserMessage(content="x")]
+    )
     assert official.encode_chat_completion(whole).tokens[: len(row.input_ids)] == row.input_ids
 
 
 def test_newer_chat_template_gives_the_ids_that_the_tokenizer_itself_gives(mistral_tokenizer):
-    row = prompts.build({"id": "1", "section": "", "dialogue": "A: hi", "summary": "s"}, chat(mistral_tokenizer, "older"), CHAT)
+    row = prompts.build(
+        {"id": "1", "section": "", "dialogue": "A: hi", "summary": "s"},
+        chat(mistral_tokenizer, "older"),
+        CHAT,
+    )
     messages = [{"role": "user", "content": "Summarize the following dialogue.\n\nA: hi"}]
     assert row.prompt_text == mistral_tokenizer.apply_chat_template(messages, tokenize=False)
 
 
 def test_hostile_dialogue_stays_text(mistral_tokenizer):
-    row = prompts.build({"id": "1", "section": "", "dialogue": HOSTILE, "summary": "It says </s>."}, chat(mistral_tokenizer), CHAT)
+    row = prompts.build(
+        {"id": "1", "section": "", "dialogue": HOSTILE, "summary": "It says </s>."},
+        chat(mistral_tokenizer),
+        CHAT,
+    )
     assert row.input_ids.count(mistral_tokenizer.bos_token_id) == 1
-    assert row.input_ids.count(mistral_tokenizer.eos_token_id) == 1 and row.input_ids[-1] == mistral_tokenizer.eos_token_id
-    assert "</s>" in mistral_tokenizer.decode(row.prompt_ids) and mistral_tokenizer.decode(row.answer_ids[:-1]) == "It says </s>."
+    assert (
+        row.input_ids.count(mistral_tokenizer.eos_token_id) == 1
+        and row.input_ids[-1] == mistral_tokenizer.eos_token_id
+    )
+    assert (
+        "</s>" in mistral_tokenizer.decode(row.prompt_ids)
+        and mistral_tokenizer.decode(row.answer_ids[:-1]) == "It says </s>."
+    )
 
 
 def test_labels_are_the_answer_and_eos_alone(mistral_tokenizer, records):
@@ -63,11 +85,18 @@ def test_labels_are_the_answer_and_eos_alone(mistral_tokenizer, records):
         assert row.labels[:n] == [-100] * n
         assert row.labels[n:] == row.input_ids[n:] == row.answer_ids
         assert row.answer_ids[-1] == mistral_tokenizer.eos_token_id
-        assert [t["supervised"] for t in prompts.token_table(row, mistral_tokenizer)] == [False] * n + [True] * len(row.answer_ids)
+        assert [t["supervised"] for t in prompts.token_table(row, mistral_tokenizer)] == [False] * n + [
+            True
+        ] * len(row.answer_ids)
 
 
 def test_only_the_dialogue_is_cut_and_the_cut_is_counted(mistral_tokenizer):
-    record = {"id": "1", "section": "CC", "dialogue": " ".join(f"word{i}" for i in range(200)), "summary": "long " * 100}
+    record = {
+        "id": "1",
+        "section": "CC",
+        "dialogue": " ".join(f"word{i}" for i in range(200)),
+        "summary": "long " * 100,
+    }
     whole = prompts.build(record, mistral_tokenizer, PLAIN)
     cut = prompts.build(record, mistral_tokenizer, dataclasses.replace(PLAIN, max_tokens=100))
     assert len(cut.prompt_ids) <= 100 and len(cut.prompt_ids) > 90
@@ -99,7 +128,9 @@ def test_few_shot_examples_come_first_and_are_not_supervised(mistral_tokenizer, 
 
 
 def test_a_row_is_never_its_own_example(mistral_tokenizer, records):
-    rows = prompts.build_all(records, mistral_tokenizer, dataclasses.replace(PLAIN, few_shot=1), shots=records)
+    rows = prompts.build_all(
+        records, mistral_tokenizer, dataclasses.replace(PLAIN, few_shot=1), shots=records
+    )
     assert "Left knee pain" not in rows[2].prompt_text and rows[0].prompt_text.count("penicillin") == 1
 
 

@@ -13,8 +13,15 @@ from src import experiments, modeling, prompts, training
 def setup(tiny_model, records, tmp_path, monkeypatch):
     """(experiment, tokenizer, encoded rows): 12 rows, a step of 4 rows in 2 passes, run folders under tmp_path."""
     monkeypatch.setattr(experiments, "ROOT", tmp_path)
-    overrides = {"base_model": str(tiny_model), "training.epochs": 2, "training.batch_size": 4, "training.micro_batch_size": 2}
-    experiment = experiments.load_experiment("demo", **overrides, **{"generation.max_new_tokens": 4, "training.packing": "off"})
+    overrides = {
+        "base_model": str(tiny_model),
+        "training.epochs": 2,
+        "training.batch_size": 4,
+        "training.micro_batch_size": 2,
+    }
+    experiment = experiments.load_experiment(
+        "demo", **overrides, **{"generation.max_new_tokens": 4, "training.packing": "off"}
+    )
     tokenizer = modeling.load_tokenizer(experiment)
     rows = [{**r, "id": f"{n}-{r['id']}"} for n in range(4) for r in records]
     return experiment, tokenizer, prompts.build_all(rows, tokenizer, experiment.prompt)
@@ -45,7 +52,9 @@ def test_accumulation_does_not_change_the_adapter(setup):
     experiment, tokenizer, rows = setup
     trained = []
     for micro in (1, 2, 4):
-        e = dataclasses.replace(experiment, training=dataclasses.replace(experiment.training, micro_batch_size=micro, max_steps=3))
+        e = dataclasses.replace(
+            experiment, training=dataclasses.replace(experiment.training, micro_batch_size=micro, max_steps=3)
+        )
         model = fresh(e, tokenizer)
         training.train(e, model, tokenizer, rows, rows[:2])
         trained.append(weights(model))
@@ -59,14 +68,23 @@ def test_a_finished_run_is_recorded_and_found_again(setup):
     model = fresh(experiment, tokenizer)
     manifest = training.train(experiment, model, tokenizer, rows, rows[:2], rows[:1], {"data": "a"})
     run = experiment.run_dir
-    assert sorted(p.name for p in run.iterdir()) == ["adapter", "config.json", "manifest.json", "train_log.jsonl"]
-    assert manifest["optimizer_steps"] == 6 and manifest["train_tokens"] == 2 * sum(len(r.input_ids) for r in rows)
+    assert sorted(p.name for p in run.iterdir()) == [
+        "adapter",
+        "config.json",
+        "manifest.json",
+        "train_log.jsonl",
+    ]
+    assert manifest["optimizer_steps"] == 6 and manifest["train_tokens"] == 2 * sum(
+        len(r.input_ids) for r in rows
+    )
     log = [json.loads(line) for line in (run / "train_log.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [r["step"] for r in log if "eval_loss" in r] == [3, 6] and sum("sample" in r for r in log) == 2
     first = [r["loss"] for r in log if "loss" in r]
     assert first[-1] < first[0]
     again = fresh(experiment, tokenizer)
-    assert training.train(experiment, again, tokenizer, rows, rows[:2], (), {"data": "a"}) == manifest  # loaded, not trained
+    assert (
+        training.train(experiment, again, tokenizer, rows, rows[:2], (), {"data": "a"}) == manifest
+    )  # loaded, not trained
     for name, value in weights(model).items():
         assert torch.equal(weights(again)[name], value)
     with pytest.raises(training.TrainingError, match="begun with other data.*Delete the folder"):
@@ -91,7 +109,10 @@ def test_an_interrupted_run_goes_on_and_ends_like_an_uninterrupted_one(setup, mo
     experiment, tokenizer, rows = setup
     whole = fresh(experiment, tokenizer)
     training.train(experiment, whole, tokenizer, rows, rows[:2])
-    losses = [json.loads(line) for line in (experiment.run_dir / "train_log.jsonl").read_text(encoding="utf-8").splitlines()]
+    losses = [
+        json.loads(line)
+        for line in (experiment.run_dir / "train_log.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     experiment.run_dir.rename(experiment.run_dir.with_name("whole"))
 
     steps = {"n": 0}
@@ -106,30 +127,44 @@ def test_an_interrupted_run_goes_on_and_ends_like_an_uninterrupted_one(setup, mo
     monkeypatch.setattr(training.SummaryTrainer, "compute_loss", stop_in_the_second_epoch)
     with pytest.raises(KeyboardInterrupt):
         training.train(experiment, fresh(experiment, tokenizer), tokenizer, rows, rows[:2])
-    assert not (experiment.run_dir / "manifest.json").exists() and (experiment.run_dir / "checkpoints").is_dir()
+    assert (
+        not (experiment.run_dir / "manifest.json").exists() and (experiment.run_dir / "checkpoints").is_dir()
+    )
     monkeypatch.setattr(training.SummaryTrainer, "compute_loss", real)
     resumed = fresh(experiment, tokenizer)
     manifest = training.train(experiment, resumed, tokenizer, rows, rows[:2])
     assert manifest["resumed_from_step"] == 3
     for name, value in weights(whole).items():
         torch.testing.assert_close(weights(resumed)[name], value, rtol=1e-4, atol=1e-6)
-    log = [json.loads(line) for line in (experiment.run_dir / "train_log.jsonl").read_text(encoding="utf-8").splitlines()]
+    log = [
+        json.loads(line)
+        for line in (experiment.run_dir / "train_log.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     first_resumed = next(r for r in log[::-1] if r["step"] == 4 and "loss" in r)
-    assert first_resumed["loss"] == pytest.approx(next(r["loss"] for r in losses if r["step"] == 4 and "loss" in r), rel=1e-4)
+    assert first_resumed["loss"] == pytest.approx(
+        next(r["loss"] for r in losses if r["step"] == 4 and "loss" in r), rel=1e-4
+    )
 
 
 def test_the_best_adapter_is_kept_and_early_stopping_stops(setup):
     experiment, tokenizer, rows = setup
-    changed = dataclasses.replace(experiment.training, epochs=6, learning_rate=0.02, schedule="constant", early_stopping_patience=1)
+    changed = dataclasses.replace(
+        experiment.training, epochs=6, learning_rate=0.02, schedule="constant", early_stopping_patience=1
+    )
     experiment = dataclasses.replace(experiment, training=changed)
     # answers of tokens that training never rewards: the better the training rows are learnt, the worse these become
     other = [dataclasses.replace(rows[0], answer_ids=[300, 301, 302, tokenizer.eos_token_id])]
     model = fresh(experiment, tokenizer)
     manifest = training.train(experiment, model, tokenizer, rows, other)
-    log = [json.loads(line) for line in (experiment.run_dir / "train_log.jsonl").read_text(encoding="utf-8").splitlines()]
+    log = [
+        json.loads(line)
+        for line in (experiment.run_dir / "train_log.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     evaluations = {r["step"]: r["eval_loss"] for r in log if "eval_loss" in r}
     assert manifest["best_step"] == min(evaluations, key=evaluations.get)
-    assert manifest["best_step"] < manifest["optimizer_steps"] < 18  # stopped one evaluation after the best, of six
+    assert (
+        manifest["best_step"] < manifest["optimizer_steps"] < 18
+    )  # stopped one evaluation after the best, of six
     again = training.validation_loss(model, [training.collate(other, tokenizer.pad_token_id)])
     assert again == pytest.approx(min(evaluations.values()), rel=1e-4)
 
@@ -145,25 +180,33 @@ def test_lm_head_as_a_target_round_trips(setup, target):
     model = fresh(experiment, tokenizer)
     training.train(experiment, model, tokenizer, rows, rows[:2])
     batch = {"input_ids": torch.tensor([rows[0].input_ids])}
-    torch.testing.assert_close(modeling.load_finetuned(experiment, tokenizer)(**batch).logits, model.eval()(**batch).logits)
+    torch.testing.assert_close(
+        modeling.load_finetuned(experiment, tokenizer)(**batch).logits, model.eval()(**batch).logits
+    )
 
 
 def test_an_added_pad_token_round_trips(setup, records):
     experiment, _, _ = setup
-    experiment = dataclasses.replace(experiment, pad_token="add", training=dataclasses.replace(experiment.training, max_steps=2))
+    experiment = dataclasses.replace(
+        experiment, pad_token="add", training=dataclasses.replace(experiment.training, max_steps=2)
+    )
     tokenizer = modeling.load_tokenizer(experiment)
     assert tokenizer.pad_token == "[PAD]"
     rows = prompts.build_all(records, tokenizer, experiment.prompt)
     model = fresh(experiment, tokenizer)
     training.train(experiment, model, tokenizer, rows, rows[:2])
     batch = {"input_ids": torch.tensor([rows[0].input_ids])}
-    torch.testing.assert_close(modeling.load_finetuned(experiment, tokenizer)(**batch).logits, model.eval()(**batch).logits)
+    torch.testing.assert_close(
+        modeling.load_finetuned(experiment, tokenizer)(**batch).logits, model.eval()(**batch).logits
+    )
 
 
 def test_a_cuda_optimizer_falls_back_on_the_cpu_and_the_manifest_says_so(setup):
     experiment, tokenizer, rows = setup
     experiment = dataclasses.replace(
-        experiment, device="cpu", training=dataclasses.replace(experiment.training, optimizer="paged_adamw_32bit", max_steps=1)
+        experiment,
+        device="cpu",
+        training=dataclasses.replace(experiment.training, optimizer="paged_adamw_32bit", max_steps=1),
     )
     manifest = training.train(experiment, fresh(experiment, tokenizer), tokenizer, rows, rows[:2])
     assert manifest["optimizer"] == "adamw_torch"

@@ -42,7 +42,35 @@ REACTIONS = {  # how it is told: how it is noted
     "I feel dizzy": "dizziness",
     "I get an upset stomach": "stomach upset",
 }
-DOSES = (2, 5, 8, 10, 12, 15, 20, 25, 30, 40, 50, 60, 75, 80, 90, 100, 120, 150, 200, 250, 300, 400, 500, 600, 750, 800, 850)
+DOSES = (
+    2,
+    5,
+    8,
+    10,
+    12,
+    15,
+    20,
+    25,
+    30,
+    40,
+    50,
+    60,
+    75,
+    80,
+    90,
+    100,
+    120,
+    150,
+    200,
+    250,
+    300,
+    400,
+    500,
+    600,
+    750,
+    800,
+    850,
+)
 FREQUENCIES = {
     "once a day": "daily",
     "every morning": "every morning",
@@ -134,10 +162,8 @@ REVIEW = (
 WORSE = "walking, climbing stairs, lifting, lying down, bending over, coughing, cold weather, eating, standing up, driving, deep breaths, exercise".split(
     ", "
 )
-BETTER = (
-    "rest, ice, heat, stretching, sitting still, ibuprofen, acetaminophen, a hot shower, lying flat, massage, antacids, fresh air".split(
-        ", "
-    )
+BETTER = "rest, ice, heat, stretching, sitting still, ibuprofen, acetaminophen, a hot shower, lying flat, massage, antacids, fresh air".split(
+    ", "
 )
 CAUSES = {
     "I fell off a ladder": "a fall from a ladder",
@@ -181,7 +207,9 @@ def spell(n: int) -> str:
     if n >= 2000:
         return "two thousand" + (f" {spell(n - 2000)}" if n > 2000 else "")
     if n >= 1100:
-        return spell(n // 100) + (f" {'o ' if n % 100 < 10 else ''}{spell(n % 100)}" if n % 100 else " hundred")
+        return spell(n // 100) + (
+            f" {'o ' if n % 100 < 10 else ''}{spell(n % 100)}" if n % 100 else " hundred"
+        )
     if n >= 100:
         return spell(n // 100) + " hundred" + (f" {spell(n % 100)}" if n % 100 else "")
     if n >= 20:
@@ -206,7 +234,9 @@ class Speech:
 
     def entity(self, options):
         options = list(options)
-        return self.pick([o for i, o in enumerate(options) if self.split != "train" or i % HELD_OUT != HELD_OUT - 1])
+        return self.pick(
+            [o for i, o in enumerate(options) if self.split != "train" or i % HELD_OUT != HELD_OUT - 1]
+        )
 
     def count(self, n: int, unit: str) -> str:
         """A number with its unit as it is spoken: "a week", "two weeks"."""
@@ -270,11 +300,20 @@ def tell_medicine(s, x):
         return [
             ("D", asked),
             ("P", s.pick([f"I take {drug}.", f"{capital(drug)}.", f"Just the {drug}, I think."])),
-            ("D", s.pick(["What dose, and how often?", "How much of it, and when?", f"How do you take the {drug}?"])),
+            (
+                "D",
+                s.pick(
+                    ["What dose, and how often?", "How much of it, and when?", f"How do you take the {drug}?"]
+                ),
+            ),
             (
                 "P",
                 s.pick(
-                    [f"{capital(dose)} milligrams, {often}.", f"It is {dose} milligrams, {often}.", f"{capital(often)}, {dose} milligrams."]
+                    [
+                        f"{capital(dose)} milligrams, {often}.",
+                        f"It is {dose} milligrams, {often}.",
+                        f"{capital(often)}, {dose} milligrams.",
+                    ]
                 ),
             ),
         ]
@@ -304,8 +343,22 @@ def draw_stopped(s):
 def tell_stopped(s, x):
     why = x["why"] if x["why"].startswith(("I ", "my ")) else f"it gave me {x['why']}"
     return [
-        ("D", s.pick([f"Are you still taking {x['drug']}?", f"What about the {x['drug']}?", f"Do you still use your {x['drug']}?"])),
-        ("P", s.pick([f"No, I stopped it. {capital(why)}.", f"I quit it because {why}.", f"Not anymore, {why}."])),
+        (
+            "D",
+            s.pick(
+                [
+                    f"Are you still taking {x['drug']}?",
+                    f"What about the {x['drug']}?",
+                    f"Do you still use your {x['drug']}?",
+                ]
+            ),
+        ),
+        (
+            "P",
+            s.pick(
+                [f"No, I stopped it. {capital(why)}.", f"I quit it because {why}.", f"Not anymore, {why}."]
+            ),
+        ),
     ]
 
 
@@ -318,7 +371,10 @@ def back_stopped(x):
 
 
 def ask_stopped(x):
-    return [("Which medicine was stopped?", x["drug"]), (f"Why was {x['drug']} stopped?", REACTIONS[x["why"]])]
+    return [
+        ("Which medicine was stopped?", x["drug"]),
+        (f"Why was {x['drug']} stopped?", REACTIONS[x["why"]]),
+    ]
 
 
 def draw_allergy(s):
@@ -347,7 +403,11 @@ def tell_allergy(s, x):
         (
             "P",
             s.pick(
-                [f"Yes, I am allergic to {x['to']}, {does}.", f"{capital(x['to'])}. {capital(does)}.", f"When I have {x['to']}, {does}."]
+                [
+                    f"Yes, I am allergic to {x['to']}, {does}.",
+                    f"{capital(x['to'])}. {capital(does)}.",
+                    f"When I have {x['to']}, {does}.",
+                ]
             ),
         ),
     ]
@@ -396,8 +456,23 @@ def tell_pain(s, x):
                     ]
                 ),
             ),
-            ("D", s.pick(["How long has that been going on?", "Since when?", "For how long now?", "When did it start?"])),
-            ("P", s.pick([f"About {long}.", f"For {long} now.", f"It started {long} ago.", f"I would say {long}."])),
+            (
+                "D",
+                s.pick(
+                    [
+                        "How long has that been going on?",
+                        "Since when?",
+                        "For how long now?",
+                        "When did it start?",
+                    ]
+                ),
+            ),
+            (
+                "P",
+                s.pick(
+                    [f"About {long}.", f"For {long} now.", f"It started {long} ago.", f"I would say {long}."]
+                ),
+            ),
         ]
     return [
         ("D", asked),
@@ -423,7 +498,11 @@ def back_pain(x):
 
 
 def ask_pain(x):
-    return [("What hurts?", f"{x['side']} {x['part']}"), ("Which side?", x["side"]), ("For how long?", plural(x["n"], x["unit"]))]
+    return [
+        ("What hurts?", f"{x['side']} {x['part']}"),
+        ("Which side?", x["side"]),
+        ("For how long?", plural(x["n"], x["unit"])),
+    ]
 
 
 def draw_symptom(s):
@@ -436,7 +515,13 @@ def draw_symptom(s):
 def tell_symptom(s, x):
     long = s.count(x["n"], x["unit"]).replace("a hour", "an hour")
     asked = s.pick(
-        ["What brings you in today?", "What can I do for you?", "So, what is going on?", "How are you feeling?", "Tell me what is wrong."]
+        [
+            "What brings you in today?",
+            "What can I do for you?",
+            "So, what is going on?",
+            "How are you feeling?",
+            "Tell me what is wrong.",
+        ]
     )
     return s.pick(
         [
@@ -461,7 +546,10 @@ def back_symptom(x):
 
 
 def ask_symptom(x):
-    return [("What is the complaint?", bare(x["what"])), ("How long has it lasted?", plural(x["n"], x["unit"]))]
+    return [
+        ("What is the complaint?", bare(x["what"])),
+        ("How long has it lasted?", plural(x["n"], x["unit"])),
+    ]
 
 
 def draw_age(s):
@@ -476,7 +564,10 @@ def tell_age(s, x):
                 ("P", s.pick([f"I am {s.number(x['age'])}.", f"{capital(s.number(x['age']))} years old."])),
             ],
             [("P", f"I am {article(x['sex'])} of {s.number(x['age'])}, you know, things start to break.")],
-            [("D", f"You are {article(x['sex'])} of what age?"), ("P", f"{capital(s.number(x['age']))}, last {s.pick(MONTHS)}.")],
+            [
+                ("D", f"You are {article(x['sex'])} of what age?"),
+                ("P", f"{capital(s.number(x['age']))}, last {s.pick(MONTHS)}."),
+            ],
         ]
     )
 
@@ -613,7 +704,9 @@ def back_review(x):
 
 
 def ask_review(x):
-    return [(f"Is there {item}?", "yes") for item in x["yes"]] + [(f"Is there {item}?", "no") for item in x["no"]]
+    return [(f"Is there {item}?", "yes") for item in x["yes"]] + [
+        (f"Is there {item}?", "no") for item in x["no"]
+    ]
 
 
 def draw_smoking(s):
@@ -629,7 +722,16 @@ def tell_smoking(s, x):
     if x["kind"] == "quit":
         return [
             ("D", asked),
-            ("P", s.pick([f"I quit {years} ago.", f"Not anymore. I stopped {years} ago.", f"I used to, but I gave it up {years} ago."])),
+            (
+                "P",
+                s.pick(
+                    [
+                        f"I quit {years} ago.",
+                        f"Not anymore. I stopped {years} ago.",
+                        f"I used to, but I gave it up {years} ago.",
+                    ]
+                ),
+            ),
         ]
     if s.chance(0.4):
         return [
@@ -638,7 +740,15 @@ def tell_smoking(s, x):
             ("D", "For how long?"),
             ("P", s.pick([f"{capital(years)}.", f"About {years}."])),
         ]
-    return [("D", asked), ("P", s.pick([f"Yes, {packs} a day for {years}.", f"{capital(packs)} a day. I have done that for {years}."]))]
+    return [
+        ("D", asked),
+        (
+            "P",
+            s.pick(
+                [f"Yes, {packs} a day for {years}.", f"{capital(packs)} a day. I have done that for {years}."]
+            ),
+        ),
+    ]
 
 
 def note_smoking(x):
@@ -659,17 +769,32 @@ def back_smoking(x):
 
 def ask_smoking(x):
     if x["kind"] == "now":
-        return [("How much is smoked?", f"{plural(x['packs'], 'pack')} a day"), ("How many years of smoking?", str(x["years"]))]
-    return [("Does the patient smoke?", "no, never" if x["kind"] == "never" else f"quit {plural(x['years'], 'year')} ago")]
+        return [
+            ("How much is smoked?", f"{plural(x['packs'], 'pack')} a day"),
+            ("How many years of smoking?", str(x["years"])),
+        ]
+    return [
+        (
+            "Does the patient smoke?",
+            "no, never" if x["kind"] == "never" else f"quit {plural(x['years'], 'year')} ago",
+        )
+    ]
 
 
 def draw_alcohol(s):
-    return {"n": s.pick([0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12]), "what": s.pick(["beer", "glass of wine", "drink", "whiskey", "cocktail"])}
+    return {
+        "n": s.pick([0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12]),
+        "what": s.pick(["beer", "glass of wine", "drink", "whiskey", "cocktail"]),
+    }
 
 
 def _drinks(x):
     n, what = x["n"], x["what"]
-    return f"{n} {what}" if n == 1 else f"{n} {what.replace('glass', 'glasses') if 'glass' in what else what + 's'}"
+    return (
+        f"{n} {what}"
+        if n == 1
+        else f"{n} {what.replace('glass', 'glasses') if 'glass' in what else what + 's'}"
+    )
 
 
 def tell_alcohol(s, x):
@@ -678,7 +803,19 @@ def tell_alcohol(s, x):
         return [("D", asked), ("P", s.pick(["No, not at all.", "I do not drink.", "Never touch it."]))]
     number = s.number(x["n"])
     amount = _drinks(x).replace(str(x["n"]), number, 1)
-    return [("D", asked), ("P", s.pick([f"About {amount} a week.", f"{capital(amount)} a week, not more.", f"Maybe {amount} each week."]))]
+    return [
+        ("D", asked),
+        (
+            "P",
+            s.pick(
+                [
+                    f"About {amount} a week.",
+                    f"{capital(amount)} a week, not more.",
+                    f"Maybe {amount} each week.",
+                ]
+            ),
+        ),
+    ]
 
 
 def note_alcohol(x):
@@ -699,7 +836,9 @@ def draw_job(s):
 
 def tell_job(s, x):
     job = article(x["job"])
-    asked = s.pick(["What do you do for a living?", "Where do you work?", "And your job?", "Are you working?"])
+    asked = s.pick(
+        ["What do you do for a living?", "Where do you work?", "And your job?", "Are you working?"]
+    )
     said = (
         [f"I am retired. I was {job}.", f"I used to be {job}, I am retired now."]
         if x["retired"]
@@ -725,9 +864,14 @@ def draw_home(s):
 
 
 def tell_home(s, x):
-    children = {0: "no children", 1: f"{s.pick(['one', 'a', '1'])} child"}.get(x["children"], f"{s.number(x['children'])} children")
+    children = {0: "no children", 1: f"{s.pick(['one', 'a', '1'])} child"}.get(
+        x["children"], f"{s.number(x['children'])} children"
+    )
     return [
-        ("D", s.pick(["Tell me about your family at home.", "Are you married? Children?", "Who is at home?"])),
+        (
+            "D",
+            s.pick(["Tell me about your family at home.", "Are you married? Children?", "Who is at home?"]),
+        ),
         (
             "P",
             s.pick(
@@ -751,7 +895,10 @@ def back_home(x):
 
 
 def ask_home(x):
-    return [("Married, divorced, single or widowed?", x["status"]), ("How many children?", str(x["children"]))]
+    return [
+        ("Married, divorced, single or widowed?", x["status"]),
+        ("How many children?", str(x["children"])),
+    ]
 
 
 def draw_family(s):
@@ -759,7 +906,13 @@ def draw_family(s):
 
 
 def tell_family(s, x):
-    asked = s.pick(["Does anything run in the family?", "Any illness in your family?", "How about your parents and relatives?"])
+    asked = s.pick(
+        [
+            "Does anything run in the family?",
+            "Any illness in your family?",
+            "How about your parents and relatives?",
+        ]
+    )
     age = s.number(x["age"])
     return [
         ("D", asked),
@@ -837,7 +990,10 @@ def back_disease(x):
 
 
 def ask_disease(x):
-    return [("What is the diagnosis?", DISEASES[x["what"]]), (f"Since when {DISEASES[x['what']]}?", str(x["year"]))]
+    return [
+        ("What is the diagnosis?", DISEASES[x["what"]]),
+        (f"Since when {DISEASES[x['what']]}?", str(x["year"])),
+    ]
 
 
 def draw_surgery(s):
@@ -846,7 +1002,14 @@ def draw_surgery(s):
 
 def tell_surgery(s, x):
     what, year = x["what"].format(side=x["side"]), s.number(x["year"])
-    asked = s.pick(["Have you had any surgeries?", "Any operations?", "Were you ever operated on?", "What surgeries have you had?"])
+    asked = s.pick(
+        [
+            "Have you had any surgeries?",
+            "Any operations?",
+            "Were you ever operated on?",
+            "What surgeries have you had?",
+        ]
+    )
     if s.chance(0.3):
         return [
             ("D", asked),
@@ -854,7 +1017,15 @@ def tell_surgery(s, x):
             ("D", s.pick(["What year was that?", "When?"])),
             ("P", s.pick([f"In {year}.", f"{capital(year)}, I think."])),
         ]
-    return [("D", asked), ("P", s.pick([f"I had {what} in {year}.", f"In {year} I had {what}.", f"Yes, {what}. That was {year}."]))]
+    return [
+        ("D", asked),
+        (
+            "P",
+            s.pick(
+                [f"I had {what} in {year}.", f"In {year} I had {what}.", f"Yes, {what}. That was {year}."]
+            ),
+        ),
+    ]
 
 
 def note_surgery(x):
@@ -875,12 +1046,20 @@ def draw_vaccine(s):
 
 
 def tell_vaccine(s, x):
-    asked = s.pick([f"Have you had the {x['which']} shot?", f"What about the {x['which']} vaccine?", f"When was your {x['which']} shot?"])
+    asked = s.pick(
+        [
+            f"Have you had the {x['which']} shot?",
+            f"What about the {x['which']} vaccine?",
+            f"When was your {x['which']} shot?",
+        ]
+    )
     return [
         ("D", asked),
         (
             "P",
-            s.pick([f"Yes, in {x['month']}.", f"I got it in {x['month']}.", f"{x['month']}, at the pharmacy."])
+            s.pick(
+                [f"Yes, in {x['month']}.", f"I got it in {x['month']}.", f"{x['month']}, at the pharmacy."]
+            )
             if x["got"]
             else s.pick(["No, I never got it.", "I do not want it.", "Not yet."]),
         ),
@@ -904,7 +1083,11 @@ def ask_vaccine(x):
 
 
 def draw_order(s):
-    return {"drug": s.entity(DRUGS), "dose": s.pick(DOSES), "often": s.pick([f for f in FREQUENCIES if " I " not in f])}
+    return {
+        "drug": s.entity(DRUGS),
+        "dose": s.pick(DOSES),
+        "often": s.pick([f for f in FREQUENCIES if " I " not in f]),
+    }
 
 
 def tell_order(s, x):
@@ -928,7 +1111,10 @@ def back_order(x):
 
 
 def ask_order(x):
-    return [("Which medicine is started?", x["drug"]), (f"What is the dose of {x['drug']}?", f"{x['dose']} mg")]
+    return [
+        ("Which medicine is started?", x["drug"]),
+        (f"What is the dose of {x['drug']}?", f"{x['dose']} mg"),
+    ]
 
 
 def draw_return(s):
@@ -961,11 +1147,17 @@ def back_return(x):
 
 
 def ask_return(x):
-    return [("Who will be seen?", f"Dr. {x['who']}"), ("When is the next visit?", f"in {plural(x['n'], x['unit'])}")]
+    return [
+        ("Who will be seen?", f"Dr. {x['who']}"),
+        ("When is the next visit?", f"in {plural(x['n'], x['unit'])}"),
+    ]
 
 
 NAMES = "medicine stopped allergy pain symptom age cause modifiers severity review smoking alcohol job home family disease surgery vaccine order return".split()
-KINDS = {name: tuple(globals()[f"{verb}_{name}"] for verb in ("draw", "tell", "note", "back", "ask")) for name in NAMES}
+KINDS = {
+    name: tuple(globals()[f"{verb}_{name}"] for verb in ("draw", "tell", "note", "back", "ask"))
+    for name in NAMES
+}
 # section: (weight, kinds that may occur, fewest, most, share of "nothing to report", its questions, its stock note)
 SECTIONS = {
     "FAM/SOCHX": (
@@ -1006,7 +1198,15 @@ SECTIONS = {
         ["Any allergies?", "Are you allergic to any medicine?", "Does any drug give you trouble?"],
         "No known drug allergies.",
     ),
-    "ROS": (6, ["review"], 1, 1, 0.08, ["Any other symptoms at all?", "Anything else, from head to toe?"], "Otherwise negative."),
+    "ROS": (
+        6,
+        ["review"],
+        1,
+        1,
+        0.08,
+        ["Any other symptoms at all?", "Anything else, from head to toe?"],
+        "Otherwise negative.",
+    ),
     "MEDICATIONS": (
         7,
         ["medicine", "stopped"],
@@ -1019,8 +1219,22 @@ SECTIONS = {
     "IMMUNIZATIONS": (2, ["vaccine"], 1, 2, 0.0, [], ""),
     "PLAN": (4, ["order", "return"], 1, 2, 0.0, [], ""),
 }
-NOTHING = ["No.", "No, nothing.", "None at all.", "Not that I know of.", "No, I have been lucky.", "Nope, nothing."]
-GREETINGS = ["Good morning.", "Good afternoon.", "Hi there!", "Hello, come in.", "Nice to see you again.", "Hello, have a seat."]
+NOTHING = [
+    "No.",
+    "No, nothing.",
+    "None at all.",
+    "Not that I know of.",
+    "No, I have been lucky.",
+    "Nope, nothing.",
+]
+GREETINGS = [
+    "Good morning.",
+    "Good afternoon.",
+    "Hi there!",
+    "Hello, come in.",
+    "Nice to see you again.",
+    "Hello, have a seat.",
+]
 REPLIES = ["Hi, doctor.", "Good morning.", "Hello.", "Thanks for seeing me.", "Hi.", "Nice to see you too."]
 SMALL_TALK = [
     [("D", "Did you find parking?"), ("P", "It took a while, but yes.")],
@@ -1065,7 +1279,9 @@ def visit(s: Speech, section: str | None = None) -> dict:
     for name in names:
         name = s.pick(name.split("|"))
         slots = KINDS[name][0](s)
-        while any(other == name and list(known.values())[0] == list(slots.values())[0] for other, known in facts):
+        while any(
+            other == name and list(known.values())[0] == list(slots.values())[0] for other, known in facts
+        ):
             slots = KINDS[name][0](s)
         facts.append((name, slots))
     return {"section": section, "facts": facts}
@@ -1076,7 +1292,14 @@ def correct(s: Speech, turns: list, name: str, slots: dict) -> list:
     if name not in ("pain", "symptom", "disease", "surgery", "medicine", "allergy"):
         return turns
     wrong = dict(slots)
-    changed = {"pain": "side", "symptom": "what", "disease": "year", "surgery": "year", "medicine": "dose", "allergy": "to"}[name]
+    changed = {
+        "pain": "side",
+        "symptom": "what",
+        "disease": "year",
+        "surgery": "year",
+        "medicine": "dose",
+        "allergy": "to",
+    }[name]
     while wrong[changed] == slots[changed]:
         wrong[changed] = KINDS[name][0](s)[changed]
     first = KINDS[name][1](s, wrong)
@@ -1091,7 +1314,10 @@ def correct(s: Speech, turns: list, name: str, slots: dict) -> list:
         ]
     return [
         first[0],
-        ("P", f"{first[1][1]} {s.pick(['No, wait.', 'Sorry, I mean,', 'No, that is wrong.', 'Let me correct that.'])} {again[1][1]}"),
+        (
+            "P",
+            f"{first[1][1]} {s.pick(['No, wait.', 'Sorry, I mean,', 'No, that is wrong.', 'Let me correct that.'])} {again[1][1]}",
+        ),
     ]
 
 
@@ -1124,11 +1350,15 @@ def talk(s: Speech, v: dict, shuffle: bool = True) -> str:
             place = next((i for i, (who, _) in enumerate(told) if who == "P"), None)
             if place is not None:
                 filler, text = s.pick(FILLERS), told[place][1]
-                keep = text.startswith("I ") or text.split(" ")[0] in (*MONTHS, *DAYS) or filler.endswith(". ")
+                keep = (
+                    text.startswith("I ") or text.split(" ")[0] in (*MONTHS, *DAYS) or filler.endswith(". ")
+                )
                 told[place] = ("P", filler + (text if keep else text[:1].lower() + text[1:]))
         turns += told
         if s.chance(0.05) and told[-1][0] == "P":
-            turns.append(("F", s.pick(["That is right.", "I can confirm that.", "That is what I remember too."])))
+            turns.append(
+                ("F", s.pick(["That is right.", "I can confirm that.", "That is what I remember too."]))
+            )
         if s.chance(0.1):
             turns += s.pick(SMALL_TALK)
     if s.chance(0.15) and v["section"] in ("MEDICATIONS", "ALLERGY", "PASTSURGICAL"):
@@ -1162,14 +1392,23 @@ def rows(split: str, seed: int = SEED) -> list[dict]:
         dialogue = talk(s, v)
         if dialogue.lower() not in taken:
             taken.add(dialogue.lower())
-            found.append({"ID": len(found), "section_header": v["section"], "section_text": note(v), "dialogue": dialogue})
+            found.append(
+                {
+                    "ID": len(found),
+                    "section_header": v["section"],
+                    "section_text": note(v),
+                    "dialogue": dialogue,
+                }
+            )
     return found
 
 
 def write(folder: Path):
     for split in ROWS:
         with open(folder / f"{split}.csv", "w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, ["ID", "section_header", "section_text", "dialogue"], lineterminator="\n")
+            writer = csv.DictWriter(
+                file, ["ID", "section_header", "section_text", "dialogue"], lineterminator="\n"
+            )
             writer.writeheader()
             writer.writerows(rows(split))
 

@@ -101,7 +101,9 @@ def questions(s, v) -> str:
 def form(s, v) -> str:
     """A form with a line for everything that can be asked, in order."""
     pairs = [pair for name, slots in v["facts"] for pair in generate.KINDS[name][4](slots)]
-    return f"\n{s.pick(['Form', 'Intake form', 'Record', 'Chart entries'])}" + "".join(f"\n- {q.rstrip('?')}: {a}" for q, a in pairs)
+    return f"\n{s.pick(['Form', 'Intake form', 'Record', 'Chart entries'])}" + "".join(
+        f"\n- {q.rstrip('?')}: {a}" for q, a in pairs
+    )
 
 
 def recall(s, v) -> str:
@@ -109,25 +111,41 @@ def recall(s, v) -> str:
     lines = []
     for name, slots in v["facts"]:
         start = s.pick(
-            ["Last time you told me that", "In my notes from the last visit,", "I remember that", "When you were here before, you said"]
+            [
+                "Last time you told me that",
+                "In my notes from the last visit,",
+                "I remember that",
+                "When you were here before, you said",
+            ]
         )
         lines.append(
             f"Doctor: {start} {generate.KINDS[name][3](slots)}.\nPatient: {s.pick(['Yes, I said that.', 'True.', 'That has not changed.', 'Right.'])}"
         )
-    return f"\n\n{s.pick(['Two weeks later', 'A month later', 'The next visit', 'The following week'])}\n" + "\n".join(lines)
+    return (
+        f"\n\n{s.pick(['Two weeks later', 'A month later', 'The next visit', 'The following week'])}\n"
+        + "\n".join(lines)
+    )
 
 
 def glossary(s) -> str:
     """Everyday and medical words for the same thing, and numbers in words and digits."""
     pairs = [
         (k, v)
-        for table in (generate.DISEASES, generate.CAUSES, generate.REACTIONS, generate.FREQUENCIES, generate.VACCINES)
+        for table in (
+            generate.DISEASES,
+            generate.CAUSES,
+            generate.REACTIONS,
+            generate.FREQUENCIES,
+            generate.VACCINES,
+        )
         for k, v in table.items()
     ]
     pairs += [(k.format(side="left"), v.format(side="left")) for k, v in generate.SURGERIES.items()]
     pairs += [
         (generate.spell(n), str(n))
-        for n in s.rng.sample(range(1, 100), 15) + s.rng.sample(generate.DOSES, 8) + s.rng.sample(range(1970, 2025), 15)
+        for n in s.rng.sample(range(1, 100), 15)
+        + s.rng.sample(generate.DOSES, 8)
+        + s.rng.sample(range(1970, 2025), 15)
     ]
     chosen = s.rng.sample(pairs, 24)
     return "\n".join(f"{a} = {b}" if s.chance(0.5) else f"{b} = {a}" for a, b in chosen)
@@ -135,7 +153,10 @@ def glossary(s) -> str:
 
 def induction(s) -> str:
     """A list of names, drugs and numbers, then the same list again."""
-    items = [s.pick([generate.DRUGS, generate.JOBS, generate.SURNAMES, generate.ALLERGENS]) for _ in range(s.rng.randint(8, 24))]
+    items = [
+        s.pick([generate.DRUGS, generate.JOBS, generate.SURNAMES, generate.ALLERGENS])
+        for _ in range(s.rng.randint(8, 24))
+    ]
     words = [s.pick(pool) if s.chance(0.7) else str(s.rng.randint(1, 999)) for pool in items]
     return f"{', '.join(words)}\n{', '.join(words)}"
 
@@ -150,7 +171,9 @@ def wide_visit(s) -> dict:
 def notes(s) -> str:
     """A note of several sections; its talk is not in the document."""
     visits = [generate.visit(s) for _ in range(s.rng.randint(1, 5))]
-    return "\n".join(f"{v['section']}: {generate.note(v)}" if s.chance(0.7) else generate.note(v) for v in visits)
+    return "\n".join(
+        f"{v['section']}: {generate.note(v)}" if s.chance(0.7) else generate.note(v) for v in visits
+    )
 
 
 def document(s) -> str:
@@ -180,7 +203,9 @@ def public_documents(folder: Path, mts: Path, log=print) -> dict[str, list[str]]
             texts.setdefault(source, []).extend(json.loads(line)["text"] for line in lines)
     with open(mts, encoding="utf-8", newline="") as file:
         table = list(csv.DictReader(file))
-    texts["mts"] = [row[c].replace("\r\n", "\n").strip() for c in ("dialogue", "section_text") for row in table]
+    texts["mts"] = [
+        row[c].replace("\r\n", "\n").strip() for c in ("dialogue", "section_text") for row in table
+    ]
     log({source: len(found) for source, found in texts.items()})
     return texts
 
@@ -203,9 +228,13 @@ def train_tokenizer(folder: Path, mts: Path):
     )
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<unk>", "<s>", "</s>"]
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
+    )
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token="<unk>",
@@ -276,13 +305,17 @@ def build_model():
 
     AttentionInterface.register("documents", _document_attention)
     torch.manual_seed(SEED)
-    return MistralForCausalLM(MistralConfig(**ARCHITECTURE, attn_implementation="documents", initializer_range=0.02))
+    return MistralForCausalLM(
+        MistralConfig(**ARCHITECTURE, attn_implementation="documents", initializer_range=0.02)
+    )
 
 
 def _document_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
     from torch.nn.attention.flex_attention import flex_attention
 
-    return flex_attention(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=True).transpose(1, 2), None
+    return flex_attention(
+        query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=True
+    ).transpose(1, 2), None
 
 
 def learning_rate(share: float) -> float:
@@ -311,7 +344,9 @@ def train(folder: Path, mts: Path, minutes: float, out: Path):
     make_mask = torch.compile(create_block_mask)
 
     def loss_of(ids, positions, mask):
-        hidden = model.model(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False).last_hidden_state
+        hidden = model.model(
+            input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False
+        ).last_hidden_state
         logits = model.lm_head(hidden[:, :-1])
         targets = torch.where(positions[:, 1:] == 0, -100, ids[:, 1:])
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100)
@@ -320,7 +355,10 @@ def train(folder: Path, mts: Path, minutes: float, out: Path):
     decay = [p for p in model.parameters() if p.ndim >= 2]
     plain = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}], lr=0.0, betas=(0.9, 0.95), fused=True
+        [{"params": decay, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}],
+        lr=0.0,
+        betas=(0.9, 0.95),
+        fused=True,
     )
     buffer_t, buffer_p, step, seen, start, log = [], [], 0, 0, None, []
     have = 0
@@ -335,7 +373,9 @@ def train(folder: Path, mts: Path, minutes: float, out: Path):
         positions = np.concatenate([p[: BATCH - n_public], public_positions[drawn]]).astype(np.int64)
         buffer_t, buffer_p = [t[BATCH - n_public :]], [p[BATCH - n_public :]]
         have = len(buffer_t[0])
-        ids, positions = (torch.from_numpy(a).pin_memory().to(device, non_blocking=True) for a in (ids, positions))
+        ids, positions = (
+            torch.from_numpy(a).pin_memory().to(device, non_blocking=True) for a in (ids, positions)
+        )
         document_ids.copy_((positions == 0).cumsum(1))
         mask = make_mask(same_document, BATCH, None, ROW, ROW, device=device)
         if step == 3:  # compiled and warm
@@ -376,7 +416,9 @@ def train(folder: Path, mts: Path, minutes: float, out: Path):
         "batch_tokens": BATCH * ROW,
         "parameters": sum(p.numel() for p in model.parameters()),
     }
-    (out / "pretrain_log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [about, *log]), encoding="utf-8")
+    (out / "pretrain_log.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in [about, *log]), encoding="utf-8"
+    )
     print(json.dumps({**about, **log[-1]}))
 
 
@@ -389,8 +431,12 @@ def merge(out: Path):
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16, attn_implementation="sdpa")
     model.generation_config.pad_token_id = 0
     model.save_pretrained(HERE / "base")
-    about, *log = [json.loads(line) for line in (out / "pretrain_log.jsonl").read_text(encoding="utf-8").splitlines()]
-    (HERE / "pretrain_log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [about, *log]), encoding="utf-8")
+    about, *log = [
+        json.loads(line) for line in (out / "pretrain_log.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    (HERE / "pretrain_log.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in [about, *log]), encoding="utf-8"
+    )
     fig, axis = plt.subplots(figsize=(7, 3), layout="constrained")
     axis.plot([row["tokens"] / 1e6 for row in log], [row["loss"] for row in log], color="#2b6ca3", lw=1)
     axis.set(

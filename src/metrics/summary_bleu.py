@@ -7,16 +7,24 @@ import datasets
 import evaluate
 from sacrebleu.metrics import BLEU
 
-DESCRIPTION = "BLEU's n-gram matches and totals, system and reference length of every row, and sacrebleu's signature."
+DESCRIPTION = (
+    "BLEU's n-gram matches and totals, system and reference length of every row, and sacrebleu's signature."
+)
 
 
 class SummaryBleu(evaluate.Metric):
     def _info(self):
-        features = datasets.Features({"predictions": datasets.Value("string"), "references": datasets.Value("string")})
-        return evaluate.MetricInfo(description=DESCRIPTION, citation="Post (2018), sacreBLEU", features=features)
+        features = datasets.Features(
+            {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
+        )
+        return evaluate.MetricInfo(
+            description=DESCRIPTION, citation="Post (2018), sacreBLEU", features=features
+        )
 
     def _compute(self, predictions, references):
-        bleu = BLEU(effective_order=True)  # counts are the same as without; sentences shorter than four words raise no warning
+        bleu = BLEU(
+            effective_order=True
+        )  # counts are the same as without; sentences shorter than four words raise no warning
         rows = [bleu.sentence_score(p, [r]) for p, r in zip(predictions, references, strict=True)]
         corpus = BLEU()
         corpus.corpus_score(predictions[:1], [references[:1]])

@@ -19,7 +19,11 @@ class WordCache:
 
     def __init__(self, stem: bool):
         stemmer = PorterStemmer()
-        self.stem = functools.lru_cache(None)(lambda word: stemmer.stem(word) if len(word) > 3 else word) if stem else lambda word: word
+        self.stem = (
+            functools.lru_cache(None)(lambda word: stemmer.stem(word) if len(word) > 3 else word)
+            if stem
+            else lambda word: word
+        )
         self.tokenize = functools.lru_cache(4096)(self._tokenize)
 
     def _tokenize(self, text):
@@ -37,7 +41,9 @@ def sentences(text):
 
 class SummaryRouge(evaluate.Metric):
     def _info(self):
-        features = datasets.Features({"predictions": datasets.Value("string"), "references": datasets.Value("string")})
+        features = datasets.Features(
+            {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
+        )
         return evaluate.MetricInfo(description=DESCRIPTION, citation="Lin (2004), ROUGE", features=features)
 
     def _compute(self, predictions, references):
