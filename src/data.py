@@ -45,9 +45,7 @@ SAMSUM_FILES = {
     "validation": ("val.json", "f291b34ea2a851c4fd67bc9e1c05003f0dde2c2ae1a501ba733b9d97b6166349"),
     "test": ("test.json", "eb5ac232d04982fdf70766b10bd07223732d8de0b817a0ab2a30a79ea99a693a"),
 }
-SHINGLE = (
-    8  # words; two dialogues are near duplicates when they share at least half of their 8-word sequences
-)
+SHINGLE = 8  # words; two dialogues are near duplicates when they share at least half of their 8-word sequences
 
 
 class DataError(ValueError):
@@ -89,9 +87,7 @@ def source_files(experiment, progress: bool = True) -> dict[str, Path]:
     """The raw file of every split, fetched and verified for the published datasets. One entry, `train`, when a custom file is to be split."""
     raw, d = experiments.ROOT / "data" / "raw", experiment.data
     if d.dataset == "demo":
-        return {
-            split: experiments.ROOT / "data" / "demo" / f"{split}.csv" for split in experiments.splits("demo")
-        }
+        return {split: experiments.ROOT / "data" / "demo" / f"{split}.csv" for split in experiments.splits("demo")}
     if d.dataset == "mts_dialog":
         return {
             s: fetch(raw / "mts-dialog", name, sha, f"{MTS_URL}/Main-Dataset/{name}", progress)
@@ -147,9 +143,7 @@ def read_rows(path: Path) -> list[dict]:
             "(optional: id, section), or MTS-Dialog's ID, section_header, section_text, dialogue."
         )
     wrong = [
-        n
-        for n, row in enumerate(table, 1)
-        if not all(isinstance(row.get(c), str) for c in ("dialogue", "summary"))
+        n for n, row in enumerate(table, 1) if not all(isinstance(row.get(c), str) for c in ("dialogue", "summary"))
     ]
     if wrong:
         raise DataError(
@@ -223,9 +217,7 @@ def usable(rows: list[dict], path: Path, strict: bool) -> tuple[list[dict], list
         raise DataError(
             f"{relative(path)} uses {_some(duplicates, 'id')} more than once: every row of a file needs an id of its own."
         )
-    dropped = [
-        {"id": r["id"], "reason": f"empty {c}"} for r in rows for c in ("dialogue", "summary") if not r[c]
-    ]
+    dropped = [{"id": r["id"], "reason": f"empty {c}"} for r in rows for c in ("dialogue", "summary") if not r[c]]
     if dropped and strict:
         raise DataError(
             f"{relative(path)}: empty dialogue or summary in {_some([d['id'] for d in dropped], 'row')}. Fill or remove them."
@@ -247,9 +239,7 @@ def split_by_seed(rows: list[dict], seed: int) -> dict[str, list[dict]]:
     random.Random(seed).shuffle(order)
     tenth = max(1, len(order) // 10)
     parts = {"test": order[:tenth], "validation": order[tenth : 2 * tenth], "train": order[2 * tenth :]}
-    return {
-        split: [row for group in parts[split] for row in group] for split in ("train", "validation", "test")
-    }
+    return {split: [row for group in parts[split] for row in group] for split in ("train", "validation", "test")}
 
 
 # ---------------------------------------------------------------- leak audit
@@ -271,9 +261,7 @@ def audit(rows: dict[str, list[dict]]) -> dict:
     within = {}
     for split in names:
         seen = set()
-        within[split] = [
-            r["id"] for r, k in zip(rows[split], keys[split], strict=True) if k in seen or seen.add(k)
-        ]
+        within[split] = [r["id"] for r, k in zip(rows[split], keys[split], strict=True) if k in seen or seen.add(k)]
     across, near = {}, {}
     for i, first in enumerate(names):
         known, index = set(keys[first]), defaultdict(set)
@@ -327,9 +315,7 @@ def prepare(experiment, progress: bool = True) -> dict:
     written = {split: write_jsonl(folder / f"{split}.jsonl", part) for split, part in rows.items()}
     report = {
         "dataset": experiment.data.dataset,
-        "sources": {
-            split: {"file": relative(path), "sha256": sha256_file(path)} for split, path in files.items()
-        },
+        "sources": {split: {"file": relative(path), "sha256": sha256_file(path)} for split, path in files.items()},
         "split_seed": experiment.seed if custom and len(files) == 1 else None,
         "rows": {split: len(part) for split, part in rows.items()},
         "dropped": {split: items for split, items in dropped.items() if items},
@@ -348,9 +334,7 @@ def report(experiment) -> dict:
     d = experiment.data
     if d.dataset == "custom":
         sources = {
-            s: n
-            for s, n in (("train", d.train_file), ("validation", d.validation_file), ("test", d.test_file))
-            if n
+            s: n for s, n in (("train", d.train_file), ("validation", d.validation_file), ("test", d.test_file)) if n
         }
         expected = {
             s: {"file": relative(experiments.ROOT / n), "sha256": sha256_file(experiments.ROOT / n)}
@@ -406,7 +390,5 @@ def eval_rows(experiment) -> list[dict]:
 def leaked_ids(experiment, split: str) -> set[str]:
     """Ids of `split` whose dialogue also occurs in train; scores are reported with and without them."""
     return set(
-        read_json(experiment.processed_dir / "leaks.json", "01_prepare_data")["across"].get(
-            f"{split} in train", []
-        )
+        read_json(experiment.processed_dir / "leaks.json", "01_prepare_data")["across"].get(f"{split} in train", [])
     )

@@ -32,12 +32,8 @@ class Data:
     validation_rows: int | None = None  # the first n rows for the validation loss; None: all
     eval_rows: int | None = None  # the first n rows of eval_split; None: all
     drop_leaked: bool = False  # leave out training rows whose dialogue also occurs in validation or test
-    train_file: str | None = (
-        None  # custom only: CSV or JSONL with dialogue and summary (optional id, section)
-    )
-    validation_file: str | None = (
-        None  # custom only; without it and test_file the single file is split by seed
-    )
+    train_file: str | None = None  # custom only: CSV or JSONL with dialogue, summary (optional: id, section)
+    validation_file: str | None = None  # custom only; without it and test_file, train_file is split by seed
     test_file: str | None = None  # custom only
 
 
@@ -46,10 +42,8 @@ class Prompt:
     style: str = "plain"  # plain: base models, our own template; chat: the tokenizer's chat template
     instruction: str = "Summarize the following dialogue for section: {section}"  # {section} may be left out
     cue: str = "Summary:"  # plain only: the line after the dialogue that the answer continues
-    max_tokens: int = 2048  # prompt tokens; a longer prompt loses the end of its dialogue, nothing else. Answers are never cut
-    few_shot: int = (
-        0  # worked examples from the training split put before the dialogue (they use prompt tokens)
-    )
+    max_tokens: int = 2048  # longer prompts lose the end of their dialogue, nothing else; answers are never cut
+    few_shot: int = 0  # worked training examples put before the dialogue (they use prompt tokens)
 
 
 @dataclass(frozen=True)
@@ -57,9 +51,7 @@ class Quantization:
     bits: int = 4  # 4: bitsandbytes; 16: no quantisation (the "unquantised weights" control)
     type: str = "nf4"  # nf4 | fp4
     double: bool = True  # quantise the quantisation constants too: 0.37 bits a weight less
-    compute_dtype: str = (
-        "auto"  # auto: bfloat16 where the GPU has it, float16 on older ones, float32 on a CPU
-    )
+    compute_dtype: str = "auto"  # auto: bfloat16 where the GPU has it, float16 on older ones, float32 on a CPU
 
 
 @dataclass(frozen=True)
@@ -67,9 +59,7 @@ class Lora:
     rank: int = 16  # columns of each low-rank factor: adapter size and memory grow with it
     alpha: int = 32  # the update is scaled by alpha / rank
     dropout: float = 0.05  # share of the adapter's inputs zeroed in training; 0 is faster
-    target_modules: tuple[str, ...] = (
-        ALL_LINEAR  # lm_head is allowed; the adapter then also carries its weights
-    )
+    target_modules: tuple[str, ...] = ALL_LINEAR  # lm_head is allowed; the adapter then carries its weights
 
 
 @dataclass(frozen=True)
@@ -77,25 +67,19 @@ class Training:
     epochs: float = 3  # passes over the training rows
     max_steps: int | None = None  # stop after n optimizer steps, whatever epochs says
     batch_size: int = 16  # rows per optimizer step, accumulation included
-    micro_batch_size: int | None = (
-        None  # padded batches: rows per forward pass, divides batch_size; None: the planner chooses
-    )
-    token_budget: int | None = None  # packed batches: tokens per forward pass; None: the planner chooses
-    packing: str = "auto"  # auto: whole rows packed without padding where varlen attention exists, padded elsewhere | on | off
+    micro_batch_size: int | None = None  # padded: rows per forward pass, divides batch_size; None: planned
+    token_budget: int | None = None  # packed: tokens per forward pass; None: planned
+    packing: str = "auto"  # on: whole rows, no padding | off: padded by length | auto: on where varlen attention runs
     kernels: str = "auto"  # auto: fused kernels on CUDA where they help | off
-    checkpointing: str = "auto"  # activation checkpointing. auto: only if memory asks for it | on | off
+    checkpointing: str = "auto"  # of activations. auto: only if memory asks for it | on | off
     learning_rate: float = 2e-4  # the peak
     schedule: str = "linear"  # any transformers scheduler name: linear, cosine, constant_with_warmup, ...
     warmup_steps: float = 0  # optimizer steps; a value below 1 is a fraction of all steps
     weight_decay: float = 0.0  # decoupled (AdamW), on the adapter
     max_grad_norm: float = 1.0  # gradients of a step are scaled down to this 2-norm
-    optimizer: str = (
-        "adamw_torch_fused"  # any transformers name, e.g. paged_adamw_32bit, paged_adamw_8bit (CUDA)
-    )
+    optimizer: str = "adamw_torch_fused"  # any transformers name, e.g. paged_adamw_32bit (CUDA)
     eval_steps: int | None = None  # validation loss and samples every n optimizer steps; None: every epoch
-    early_stopping_patience: int | None = (
-        None  # stop after n evaluations without a better validation loss; None: never
-    )
+    early_stopping_patience: int | None = None  # stop after n evaluations without a better loss; None: never
     keep_best: bool = True  # the adapter with the lowest validation loss is kept, not the last
     sample_rows: int = 1  # validation dialogues summarised at each evaluation
     keep_checkpoints: bool = False  # keep outputs/<run>/checkpoints after success
@@ -113,17 +97,15 @@ class Generation:
     temperature: float = 1.0  # sampling only
     top_p: float = 1.0  # sampling only
     batch_size: int | None = None  # prompts decoded together; None: chosen from the free memory
-    dequantize: str = "auto"  # on: turn NF4 into 16-bit weights once, same function, faster | off | auto: where memory allows
+    dequantize: str = "auto"  # on: NF4 to 16-bit weights once, same function, faster | off | auto: if memory allows
 
 
 @dataclass(frozen=True)
 class Experiment:
     name: str
     base_model: str = "data/demo/base"  # a Hugging Face model id or a folder (relative to the repository)
-    revision: str = (
-        "main"  # branch, tag or commit of base_model on the hub; the commit it resolved to is recorded
-    )
-    pad_token: str = "unk"  # unk: reuse it | add: add [PAD] and resize the embeddings (they are then saved with the adapter)
+    revision: str = "main"  # branch, tag or commit on the hub; the commit it resolved to is recorded
+    pad_token: str = "unk"  # unk: reuse it | add: add [PAD], resize the embeddings and save them with the adapter
     device: str = "auto"  # auto | cpu | cuda | cuda:1 ...
     seed: int = 42  # row order, adapter initialisation, dropout, sampling, bootstrap
     data: Data = field(default_factory=Data)
@@ -163,9 +145,7 @@ def _named() -> dict[str, Experiment]:
         quantization=Quantization(type="nf4", double=False),  # published: fp4 with fp32 compute
         lora=Lora(rank=8, alpha=32, dropout=0.05, target_modules=("q_proj", "v_proj")),
         training=Training(epochs=3, batch_size=16, learning_rate=3e-4),
-        generation=Generation(
-            max_new_tokens=400
-        ),  # published: 4 beams, 200 tokens, which cut 7% of the references
+        generation=Generation(max_new_tokens=400),  # published: 4 beams, 200 tokens, which cut 7% of the references
     )
     samsum = Experiment(
         name="samsum",
@@ -301,11 +281,7 @@ def _coerce(key: str, value, hint):
             return tuple(value)
         if option is float and isinstance(value, int | float) and not isinstance(value, bool):
             return float(value) if isinstance(value, float) else value
-        if (
-            isinstance(option, type)
-            and isinstance(value, option)
-            and not (option is int and isinstance(value, bool))
-        ):
+        if isinstance(option, type) and isinstance(value, option) and not (option is int and isinstance(value, bool)):
             return value
     expected = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else hint
     raise ExperimentError(f"Override {key!r} is {value!r} ({type(value).__name__}): expected {expected}.")
@@ -359,9 +335,7 @@ def _check(e: Experiment):
 
     for key, choices in _CHOICES.items():
         if value(key) not in choices:
-            raise ExperimentError(
-                f"{key} is {value(key)!r}: expected one of {', '.join(map(repr, choices))}."
-            )
+            raise ExperimentError(f"{key} is {value(key)!r}: expected one of {', '.join(map(repr, choices))}.")
     for key, least in _AT_LEAST.items():
         if value(key) is not None and value(key) < least:
             raise ExperimentError(f"{key} is {value(key)}: expected at least {least}.")
@@ -412,11 +386,7 @@ def _check(e: Experiment):
 
 def splits(dataset: str) -> tuple[str, ...]:
     """The names of a dataset's splits, train first."""
-    return (
-        ("train", "validation", "test1", "test2")
-        if dataset == "mts_dialog"
-        else ("train", "validation", "test")
-    )
+    return ("train", "validation", "test1", "test2") if dataset == "mts_dialog" else ("train", "validation", "test")
 
 
 def write_atomic(path: Path, text: str) -> Path:

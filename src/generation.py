@@ -60,9 +60,7 @@ def generate(model, tokenizer, rows, experiment, label: str = "", progress: bool
             new = new[: new.index(tokenizer.eos_token_id) + 1] if stopped else new
             results[i] = {
                 "id": rows[i].id,
-                "prediction": tokenizer.decode(
-                    new[:-1] if stopped else new, skip_special_tokens=True
-                ).strip(),
+                "prediction": tokenizer.decode(new[:-1] if stopped else new, skip_special_tokens=True).strip(),
                 "tokens": len(new),
                 "stop": "eos" if stopped else "length",
                 "prompt_tokens": len(rows[i].prompt_ids),
@@ -80,9 +78,7 @@ def _decode(model, tokenizer, prompts: list[list[int]], config, seed: int) -> li
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
-    with torch.random.fork_rng(
-        enabled=config.do_sample
-    ):  # sampling must not move the random numbers of training
+    with torch.random.fork_rng(enabled=config.do_sample):  # sampling must not move the random numbers of training
         if config.do_sample:
             torch.manual_seed(seed)
         output = model.generate(
@@ -103,8 +99,7 @@ def predict(model, tokenizer, records, rows, experiment) -> dict[str, list[dict]
         base = generate(model, tokenizer, rows, experiment, "base")
     finetuned = generate(model, tokenizer, rows, experiment, "fine-tuned")
     shared = [
-        {"id": r["id"], "section": r["section"], "dialogue": r["dialogue"], "reference": r["summary"]}
-        for r in records
+        {"id": r["id"], "section": r["section"], "dialogue": r["dialogue"], "reference": r["summary"]} for r in records
     ]
     return {
         "base": [{**a, **b} for a, b in zip(shared, base, strict=True)],

@@ -27,7 +27,9 @@ def has_varlen(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def varlen_attention(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **kwargs):
+def varlen_attention(
+    module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **kwargs
+):
     """A transformers attention function: (1, heads, T, d) packed rows if cu_seq_lens_q is given, sdpa otherwise (generation)."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -41,7 +43,17 @@ def varlen_attention(module, query, key, value, attention_mask, scaling=None, cu
     groups = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (k, v))
     starts = cu_seq_lens_q
-    out = varlen_attn(q.contiguous(), k, v.contiguous(), starts, starts, max_length_q, max_length_q, scale=scaling, window_size=(-1, 0))
+    out = varlen_attn(
+        q.contiguous(),
+        k,
+        v.contiguous(),
+        starts,
+        starts,
+        max_length_q,
+        max_length_q,
+        scale=scaling,
+        window_size=(-1, 0),
+    )
     return out.unsqueeze(0), None
 
 
@@ -102,7 +114,9 @@ class SharedInput(torch.autograd.Function):
         us = u.split([b.shape[1] for b in bs], 1)
         ctx.layers, ctx.shape = layers, x.shape
         ctx.save_for_backward(flat, u, a, *bs)
-        return tuple(project(flat, layer, part, b).view(*x.shape[:-1], -1) for layer, part, b in zip(layers, us, bs, strict=True))
+        return tuple(
+            project(flat, layer, part, b).view(*x.shape[:-1], -1) for layer, part, b in zip(layers, us, bs, strict=True)
+        )
 
     @staticmethod
     def backward(ctx, *grads):
@@ -116,7 +130,9 @@ def shared_backward(layers, x, u, a, bs, grads):
     ranks = [b.shape[1] for b in bs]
     du = torch.cat([g @ b for g, b in zip(grads, bs, strict=True)], 1)
     das = (du.t() @ x).float().split(ranks)
-    dbs = [(g.t() @ part).float() * layer.scale for g, part, layer in zip(grads, u.split(ranks, 1), layers, strict=True)]
+    dbs = [
+        (g.t() @ part).float() * layer.scale for g, part, layer in zip(grads, u.split(ranks, 1), layers, strict=True)
+    ]
     dx = du @ a
     for g, layer in zip(grads, layers, strict=True):
         dx.addmm_(g, layer.weight(x.dtype))
@@ -222,7 +238,10 @@ def _single(module) -> bool:
 
 def _mlp(mlp) -> bool:
     projections = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-    is_silu = isinstance(getattr(mlp, "act_fn", None), nn.SiLU) or type(getattr(mlp, "act_fn", None)).__name__ == "SiLUActivation"
+    is_silu = (
+        isinstance(getattr(mlp, "act_fn", None), nn.SiLU)
+        or type(getattr(mlp, "act_fn", None)).__name__ == "SiLUActivation"
+    )
     if not is_silu or not all(p is not None and fusable(p) for p in projections):
         return False
     layers = [Layer(p) for p in projections]

@@ -131,9 +131,7 @@ def add_adapter(model, experiment):
     """A fresh LoRA adapter on the experiment's target modules: float32 weights, B = 0, so nothing changes before training."""
     from peft import LoraConfig, get_peft_model
 
-    names = {
-        name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)
-    }
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     unknown = [name for name in experiment.lora.target_modules if name not in names]
     if unknown:
         raise ModelError(
@@ -194,9 +192,7 @@ def dequantize(model):
     for name, module in layers:
         parent, _, child = name.rpartition(".")
         weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
-        linear = nn.Linear(
-            module.in_features, module.out_features, bias=module.bias is not None, device="meta"
-        )
+        linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
         linear.weight = nn.Parameter(weight.to(module.compute_dtype or weight.dtype), requires_grad=False)
         linear.bias = module.bias
         setattr(model.get_submodule(parent), child, linear)
@@ -240,9 +236,7 @@ def _hub_errors(experiment, what: str):
                 f"{name!r} is a gated model and the hub refused its {what}; HF_TOKEN {token}. Accept the licence on the model's page, set HF_TOKEN to a "
                 f"read token, run again. {offline}"
             ) from error
-        if any(
-            isinstance(e, RepositoryNotFoundError) for e in chain
-        ) or "not a valid model identifier" in str(error):
+        if any(isinstance(e, RepositoryNotFoundError) for e in chain) or "not a valid model identifier" in str(error):
             raise ModelError(
                 f"The hub knows no model {name!r} at revision {experiment.revision!r} (or it is private): check base_model and revision, and HF_TOKEN if it is private. {offline}"
             ) from error

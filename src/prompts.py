@@ -46,9 +46,9 @@ def build(record: dict, tokenizer, config, shots=()) -> Encoded:
     pieces = _pieces(record, dialogue, tokenizer, config, shots)
     full = prompt_ids = _encode(pieces, tokenizer)
     if len(full) > config.max_tokens:
-        offsets = tokenizer(
-            dialogue, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
-        )["offset_mapping"]
+        offsets = tokenizer(dialogue, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)[
+            "offset_mapping"
+        ]
         keep = len(offsets)
         while len(prompt_ids) > config.max_tokens:
             keep -= len(prompt_ids) - config.max_tokens
@@ -63,8 +63,7 @@ def build(record: dict, tokenizer, config, shots=()) -> Encoded:
     return Encoded(
         id=record["id"],
         prompt_ids=prompt_ids,
-        answer_ids=_encode([(_lead(tokenizer, config) + answer_text, False)], tokenizer)
-        + [tokenizer.eos_token_id],
+        answer_ids=_encode([(_lead(tokenizer, config) + answer_text, False)], tokenizer) + [tokenizer.eos_token_id],
         prompt_text="".join(text for text, _ in pieces),
         answer_text=answer_text,
         cut_tokens=len(full) - len(prompt_ids),

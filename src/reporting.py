@@ -81,9 +81,7 @@ def results_table(metrics: dict, columns=None, clean: bool = False) -> pd.DataFr
 
 def _interval(score: dict, digits: int) -> str:
     value = f"{score['value']:.{digits}f}"
-    return (
-        value if score["low"] is None else f"{value} [{score['low']:.{digits}f}, {score['high']:.{digits}f}]"
-    )
+    return value if score["low"] is None else f"{value} [{score['low']:.{digits}f}, {score['high']:.{digits}f}]"
 
 
 def published_table(dataset: str) -> pd.DataFrame:
@@ -146,10 +144,7 @@ def runs_table(dataset: str) -> pd.DataFrame:
             "learning rate": config["training"]["learning_rate"],
             "epochs": config["training"]["epochs"],
             "seed": config["seed"],
-            **{
-                c: _interval(tuned[c], 1 if c == "sacreBLEU" else 3)
-                for c in ("ROUGE-1", "ROUGE-L", "sacreBLEU")
-            },
+            **{c: _interval(tuned[c], 1 if c == "sacreBLEU" else 3) for c in ("ROUGE-1", "ROUGE-L", "sacreBLEU")},
         }
     return pd.DataFrame(rows).T.rename_axis("run")
 
@@ -189,8 +184,7 @@ def load_run(experiment) -> tuple[dict, dict[str, list[dict]]]:
     """(metrics, {"base": rows, "finetuned": rows}) of a run, from its files."""
     metrics = read_json(experiment.run_dir / "metrics.json", "03_evaluate")
     return metrics, {
-        name: read_jsonl(experiment.run_dir / "predictions" / f"{name}.jsonl", "03_evaluate")
-        for name in SYSTEMS
+        name: read_jsonl(experiment.run_dir / "predictions" / f"{name}.jsonl", "03_evaluate") for name in SYSTEMS
     }
 
 
@@ -223,14 +217,8 @@ def side_by_side(metrics: dict, predictions: dict, chosen: dict[str, list[int]])
             for name, label in SYSTEMS.items():
                 answer = predictions[name][i]
                 flags = sorted(scoring.unsupported(answer["prediction"], row["dialogue"]))
-                note = (
-                    f"<br><span class=warn>not in the dialogue: {escape(', '.join(flags))}</span>"
-                    if flags
-                    else ""
-                )
-                ended = (
-                    f"{answer['tokens']} tokens, {'cut at the cap' if answer['stop'] == 'length' else 'EOS'}"
-                )
+                note = f"<br><span class=warn>not in the dialogue: {escape(', '.join(flags))}</span>" if flags else ""
+                ended = f"{answer['tokens']} tokens, {'cut at the cap' if answer['stop'] == 'length' else 'EOS'}"
                 score = metrics["per_row"][name]["ROUGE-L"][i]
                 text = escape(answer["prediction"]) or "<span class=dim>(empty)</span>"
                 cells[label] = f"{text}{note}<br><span class=dim>ROUGE-L {score:.3f} · {ended}</span>"
@@ -280,9 +268,7 @@ def print_summary(experiment):
     metrics, _ = load_run(experiment)
     table = pd.DataFrame(
         {
-            SYSTEMS.get(name, name): {
-                c: s["all"][c]["value"] for c in ("ROUGE-1", "ROUGE-2", "ROUGE-L", "sacreBLEU")
-            }
+            SYSTEMS.get(name, name): {c: s["all"][c]["value"] for c in ("ROUGE-1", "ROUGE-2", "ROUGE-L", "sacreBLEU")}
             | {"n": metrics["n"]}
             for name, s in metrics["systems"].items()
         }
@@ -311,18 +297,12 @@ def loss_curve(log: pd.DataFrame, manifest: dict):
     """Training loss of the logged steps, validation loss at every evaluation, and the step whose adapter was kept."""
     fig, (axis,) = figure()
     loss = log.dropna(subset=["loss"])
-    axis.plot(
-        loss["step"], loss["loss"], color=COLORS["reference"], label="training (mean since the last log)"
-    )
+    axis.plot(loss["step"], loss["loss"], color=COLORS["reference"], label="training (mean since the last log)")
     if "eval_loss" in log:
         evaluations = log.dropna(subset=["eval_loss"])
-        axis.plot(
-            evaluations["step"], evaluations["eval_loss"], "o-", color=COLORS["finetuned"], label="validation"
-        )
+        axis.plot(evaluations["step"], evaluations["eval_loss"], "o-", color=COLORS["finetuned"], label="validation")
         kept = evaluations[evaluations["step"] == manifest["best_step"]]
-        axis.plot(
-            kept["step"], kept["eval_loss"], "o", ms=12, mfc="none", color=COLORS["finetuned"], label="kept"
-        )
+        axis.plot(kept["step"], kept["eval_loss"], "o", ms=12, mfc="none", color=COLORS["finetuned"], label="kept")
     axis.set(xlabel="optimizer step", ylabel="loss (nats a supervised token)", ylim=(0, None))
     axis.legend(frameon=False)
     return fig

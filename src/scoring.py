@@ -52,9 +52,7 @@ def score_rows(predictions: list[str], references: list[str]) -> dict[str, np.nd
         )
     rouge = metric("summary_rouge").compute(predictions=predictions, references=references)
     bleu = metric("summary_bleu").compute(predictions=predictions, references=references)
-    return {column: np.array(rouge[key]) for column, key in ROUGE.items()} | {
-        "counts": np.array(bleu["counts"])
-    }
+    return {column: np.array(rouge[key]) for column, key in ROUGE.items()} | {"counts": np.array(bleu["counts"])}
 
 
 def bleu(counts: np.ndarray, smooth: bool) -> float:
@@ -62,9 +60,7 @@ def bleu(counts: np.ndarray, smooth: bool) -> float:
     from sacrebleu.metrics import BLEU
 
     total = [int(x) for x in counts.sum(0)]
-    return BLEU.compute_bleu(
-        total[:4], total[4:8], total[8], total[9], smooth_method="exp" if smooth else "none"
-    ).score
+    return BLEU.compute_bleu(total[:4], total[4:8], total[8], total[9], smooth_method="exp" if smooth else "none").score
 
 
 def corpus(rows: dict[str, np.ndarray], chosen=slice(None)) -> dict[str, float]:
@@ -151,9 +147,7 @@ def stock_answers(records: list[dict], train: list[dict]) -> list[str]:
     for row in train:
         by_section[row["section"]][row["summary"]] += 1
         by_section[None][row["summary"]] += 1
-    return [
-        by_section[r["section"] if r["section"] in by_section else None].most_common(1)[0][0] for r in records
-    ]
+    return [by_section[r["section"] if r["section"] in by_section else None].most_common(1)[0][0] for r in records]
 
 
 def nearest_summaries(records: list[dict], train: list[dict]) -> list[str]:
@@ -167,10 +161,7 @@ def nearest_summaries(records: list[dict], train: list[dict]) -> list[str]:
             weight = (1 + math.log(n)) * idf[word]
             postings[word].append((i, weight))
             norms[i] += weight**2
-    arrays = {
-        word: (np.array([i for i, _ in hits]), np.array([w for _, w in hits]))
-        for word, hits in postings.items()
-    }
+    arrays = {word: (np.array([i for i, _ in hits]), np.array([w for _, w in hits])) for word, hits in postings.items()}
     sections = np.array([row["section"] for row in train])
     chosen = []
     for record in records:
@@ -182,9 +173,7 @@ def nearest_summaries(records: list[dict], train: list[dict]) -> list[str]:
         similarity /= np.sqrt(np.maximum(norms, 1e-12))
         same = sections == record["section"]
         chosen.append(
-            train[int(np.where(same, similarity, -1).argmax() if same.any() else similarity.argmax())][
-                "summary"
-            ]
+            train[int(np.where(same, similarity, -1).argmax() if same.any() else similarity.argmax())]["summary"]
         )
     return chosen
 
@@ -291,9 +280,7 @@ def novel_bigrams(summary: str, dialogue: str) -> float:
     return sum(pair not in known for pair in pairs) / len(pairs) if pairs else math.nan
 
 
-def text_statistics(
-    predictions: list[str], records: list[dict], answers: list[dict] | None = None
-) -> dict[str, float]:
+def text_statistics(predictions: list[str], records: list[dict], answers: list[dict] | None = None) -> dict[str, float]:
     """Lengths in words, novelty, unsupported facts; with `answers` (rows of 03) also how generation ended."""
     lengths = [len(p.split()) for p in predictions]
     references = [len(r["summary"].split()) for r in records]
@@ -360,20 +347,16 @@ def evaluate_run(
 
     `predictions`: {"base": rows, "finetuned": rows} of 03; `records` the evaluation rows, `train` the rows trained on.
     """
-    systems = {
-        name: [row["prediction"] for row in rows] for name, rows in predictions.items()
-    } | without_model(records, train)
+    systems = {name: [row["prediction"] for row in rows] for name, rows in predictions.items()} | without_model(
+        records, train
+    )
     scores = evaluate_systems(records, systems, leaked, experiment.seed, predictions)
     rows = scores.pop("rows")
     chosen = {
         "all": np.arange(len(records)),
         "clean": np.array([i for i, r in enumerate(records) if r["id"] not in leaked], dtype=int),
     }
-    pairs = {
-        k: paired_test(rows["base"], rows["finetuned"], c, experiment.seed)
-        for k, c in chosen.items()
-        if len(c)
-    }
+    pairs = {k: paired_test(rows["base"], rows["finetuned"], c, experiment.seed) for k, c in chosen.items() if len(c)}
     text = text_statistics([r["summary"] for r in records], records)
     return {
         "run_id": experiment.run_id,

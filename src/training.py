@@ -55,15 +55,9 @@ class StepSampler:
         order = list(range(len(self.lengths)))
         generator.shuffle(order)
         span = GROUP * self.batch_size
-        groups = [
-            sorted(order[i : i + span], key=self.lengths.__getitem__) for i in range(0, len(order), span)
-        ]
-        steps = [
-            group[i : i + self.batch_size] for group in groups for i in range(0, len(group), self.batch_size)
-        ]
-        short = [
-            step for step in steps if len(step) < self.batch_size
-        ]  # at most one, at the end of the epoch
+        groups = [sorted(order[i : i + span], key=self.lengths.__getitem__) for i in range(0, len(order), span)]
+        steps = [group[i : i + self.batch_size] for group in groups for i in range(0, len(group), self.batch_size)]
+        short = [step for step in steps if len(step) < self.batch_size]  # at most one, at the end of the epoch
         steps = [step for step in steps if len(step) == self.batch_size]
         generator.shuffle(steps)
         for step in steps + short:
@@ -93,13 +87,9 @@ def collate(rows, pad_id: int) -> dict[str, torch.Tensor]:
 
 def summed_loss(model, inputs: dict) -> tuple[torch.Tensor, int]:
     """Cross-entropy summed over the supervised tokens of a batch, and their number. Logits exist only where a row has a label."""
-    inputs = {
-        key: value.to(model.device) if torch.is_tensor(value) else value for key, value in inputs.items()
-    }
+    inputs = {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in inputs.items()}
     inputs.pop("tokens", None)
-    targets = F.pad(
-        inputs.pop("labels")[:, 1:], (0, 1), value=prompts.IGNORE
-    )  # position i predicts token i + 1
+    targets = F.pad(inputs.pop("labels")[:, 1:], (0, 1), value=prompts.IGNORE)  # position i predicts token i + 1
     positions = (targets != prompts.IGNORE).any(0).nonzero().squeeze(1)
     logits = model(**inputs, logits_to_keep=positions, use_cache=False).logits
     targets = targets[:, positions]
@@ -125,9 +115,7 @@ class SummaryTrainer(Trainer):
     def __init__(self, *args, sampler: StepSampler, pad_id: int, log_path, answer_samples, **kwargs):
         self.sampler, self.pad_id, self.answer_samples, self.seen_tokens = sampler, pad_id, answer_samples, 0
         super().__init__(*args, data_collator=lambda rows: collate(rows, pad_id), **kwargs)
-        self.model_accepts_loss_kwargs = (
-            True  # have the supervised tokens of the whole optimizer step counted
-        )
+        self.model_accepts_loss_kwargs = True  # have the supervised tokens of the whole optimizer step counted
         self.add_callback(Log(log_path, self))
 
     def get_train_dataloader(self):
@@ -163,9 +151,7 @@ class Log(TrainerCallback):
         row = {key: logs[key] for key in ("loss", "eval_loss", "learning_rate", "grad_norm") if key in logs}
         if not row:
             return
-        if (
-            "loss" in row
-        ):  # tokens are real prompt and answer tokens, no padding; the clock leaves evaluations out
+        if "loss" in row:  # tokens are real prompt and answer tokens, no padding; the clock leaves evaluations out
             tokens, now = self.trainer.seen_tokens, time.perf_counter()
             row["tokens_per_second"] = round((tokens - self.tokens) / (now - self.clock))
             self.tokens, self.clock = tokens, now
@@ -235,9 +221,7 @@ def arguments(experiment, device: torch.device, micro_batch_size: int, steps: in
     )
 
 
-def train(
-    experiment, model, tokenizer, train_rows, validation_rows, samples=(), inputs=None, plan=None
-) -> dict:
+def train(experiment, model, tokenizer, train_rows, validation_rows, samples=(), inputs=None, plan=None) -> dict:
     """Train the adapter of `model` (a PeftModel) in place on `train_rows`; all rows are prompts.Encoded.
 
     Writes train_log.jsonl, adapter/ and, last, manifest.json to the run folder and returns the manifest. An interrupted run
@@ -303,9 +287,7 @@ def train(
         "train_tokens": trainer.seen_tokens,
         "train_seconds": round(seconds, 1),
         "resumed_from_step": int(checkpoint.rpartition("-")[2]) if checkpoint else None,
-        "peak_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
-        if device.type == "cuda"
-        else None,
+        "peak_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 3) if device.type == "cuda" else None,
         "parameters": modeling.count_parameters(model),
         **environment(device),
         "sha256": {

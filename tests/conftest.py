@@ -89,9 +89,7 @@ def sentencepiece_tokenizer(path, prepend: str):
         if p[:k] in vocabulary and p[k:] in vocabulary
     ]
     splits.sort(key=lambda split: (split[0], vocabulary[split[1]], vocabulary[split[2]]))
-    model = models.BPE(
-        vocabulary, [(a, b) for _, a, b in splits], unk_token="<unk>", fuse_unk=True, byte_fallback=True
-    )
+    model = models.BPE(vocabulary, [(a, b) for _, a, b in splits], unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=prepend, split=False)
     tokenizer.decoder = decoders.Sequence(
@@ -114,6 +112,4 @@ def official():
 def mistral_tokenizer(request):
     import mistral_common
 
-    return sentencepiece_tokenizer(
-        Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1", request.param
-    )
+    return sentencepiece_tokenizer(Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1", request.param)

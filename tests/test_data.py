@@ -56,9 +56,7 @@ def test_preparing_twice_writes_the_same_bytes(repository):
 
 
 def test_jsonl_csv_and_mts_column_names_read_alike(repository):
-    (repository / "a.jsonl").write_text(
-        '{"dialogue": "A: x\\r\\nB: y ", "summary": "None"}\n', encoding="utf-8"
-    )
+    (repository / "a.jsonl").write_text('{"dialogue": "A: x\\r\\nB: y ", "summary": "None"}\n', encoding="utf-8")
     (repository / "a.csv").write_bytes(
         b'\xef\xbb\xbfID,section_header,section_text,dialogue\n7,CC,None,"A: x\r\nB: y"\n'
     )
@@ -150,10 +148,7 @@ def test_a_download_is_verified_and_renamed(repository, monkeypatch):
     )
     # sha256 of "abc", as published with the algorithm
     sha = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    assert (
-        data.fetch(repository / "raw", "x.csv", sha, "https://host.invalid/x.csv", False).read_bytes()
-        == b"abc"
-    )
+    assert data.fetch(repository / "raw", "x.csv", sha, "https://host.invalid/x.csv", False).read_bytes() == b"abc"
     assert [p.name for p in (repository / "raw").iterdir()] == ["x.csv"]
 
 
@@ -203,10 +198,7 @@ def test_leaked_rows_can_be_left_out_of_training(repository):
 def test_the_published_mts_dialog_files_are_what_we_say():
     e = experiments.load_experiment("mts_dialog")
     report = data.prepare(e, progress=False)
-    assert (
-        report["rows"] == {"train": 1201, "validation": 100, "test1": 200, "test2": 200}
-        and not report["dropped"]
-    )
+    assert report["rows"] == {"train": 1201, "validation": 100, "test1": 200, "test2": 200} and not report["dropped"]
     assert data.leaked_ids(e, "validation") == {"4", "58"}
     assert data.leaked_ids(e, "test1") == {"96", "106"} and data.leaked_ids(e, "test2") == {"59", "153"}
     rows = data.train_rows(e)

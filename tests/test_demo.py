@@ -44,9 +44,7 @@ def test_test_rows_name_things_that_training_never_did(splits, generator):
     def entities(rows):
         text = " ".join(r["dialogue"] + " " + r["summary"] for r in rows).lower()
         words = set(re.findall(r"[a-z]+", text))
-        return {
-            e.lower() for e in [*generator.DRUGS, *generator.SURNAMES, *generator.JOBS] if e.lower() in words
-        }
+        return {e.lower() for e in [*generator.DRUGS, *generator.SURNAMES, *generator.JOBS] if e.lower() in words}
 
     def doses(rows):
         return {m for r in rows for m in re.findall(r"(\w+ \d+) mg", r["summary"].lower())}
@@ -64,9 +62,7 @@ def test_stock_answers_come_in_about_the_published_share(splits):
 
 def test_the_base_is_small_enough_and_its_tokenizer_round_trips(splits):
     files = list((DEMO / "base").iterdir())
-    assert sum(f.stat().st_size for f in files) <= 25e6 and not any(
-        f.suffix in (".bin", ".pt", ".pkl") for f in files
-    )
+    assert sum(f.stat().st_size for f in files) <= 25e6 and not any(f.suffix in (".bin", ".pt", ".pkl") for f in files)
     tokenizer = modeling.load_tokenizer(experiments.load_experiment("demo"))
     assert (tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
     for row in [*splits["test"], {"dialogue": "é 😀 </s> <s>  two\n\ntabs\t", "summary": ""}]:
@@ -77,8 +73,9 @@ def test_the_base_is_small_enough_and_its_tokenizer_round_trips(splits):
 def test_a_shortened_run_learns_to_summarise(tmp_path, monkeypatch):
     """400 rows, 100 steps, 40 test rows: the gain of the full demo, at a seventh of its time.
 
-    Measured: base ROUGE-L .12, fine-tuned .60 to .68 over three seeds, every answer ended by EOS. The bounds leave a margin of
-    .15. They fail when labels sit on the prompt, when EOS is not supervised and when the adapter is not applied.
+    Measured: base ROUGE-L .124, fine-tuned .773, .734 and .666 with seeds 42, 1 and 2, every answer ended by EOS, .87 to 1.00 words a
+    reference word. The seed is fixed at 42: the gain of .65 leaves a margin of .20. They fail when labels sit on the prompt (.043), when EOS is not
+    supervised (.562, 1.94 words a reference word) and when the adapter is not applied (.124).
     """
     monkeypatch.setattr(experiments, "ROOT", tmp_path)
     (tmp_path / "data").mkdir()
@@ -95,16 +92,16 @@ def test_a_shortened_run_learns_to_summarise(tmp_path, monkeypatch):
     training.train(e, modeling.add_adapter(modeling.load_base(e, tokenizer), e), tokenizer, rows, validation)
     records = data.eval_rows(e)[:40]
     model = modeling.load_finetuned(e, tokenizer)
-    predictions = generation.predict(
-        model, tokenizer, records, prompts.build_all(records, tokenizer, e.prompt), e
-    )
+    predictions = generation.predict(model, tokenizer, records, prompts.build_all(records, tokenizer, e.prompt), e)
     references = [r["summary"] for r in records]
     score = {
         name: scoring.corpus(scoring.score_rows([a["prediction"] for a in answers], references))["ROUGE-L"]
         for name, answers in predictions.items()
     }
     ended = sum(a["stop"] == "eos" for a in predictions["finetuned"]) / 40
-    words = scoring.text_statistics([a["prediction"] for a in predictions["finetuned"]], records)["words per reference word"]
+    words = scoring.text_statistics([a["prediction"] for a in predictions["finetuned"]], records)[
+        "words per reference word"
+    ]
     print(f"base {score['base']:.3f}, fine-tuned {score['finetuned']:.3f}, EOS {ended:.2f}, length {words:.2f}")
     assert score["base"] < 0.25
     assert score["finetuned"] > score["base"] + 0.45

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from src import experiments, kernels, modeling, packing, prompts, training
 
 

@@ -10,9 +10,7 @@ from src import experiments, modeling
 
 
 def experiment(tiny_model, **overrides):
-    return experiments.load_experiment(
-        "demo", **{"base_model": str(tiny_model), "device": "cpu", **overrides}
-    )
+    return experiments.load_experiment("demo", **{"base_model": str(tiny_model), "device": "cpu", **overrides})
 
 
 def test_the_base_is_really_four_bit_and_frozen(tiny_model):
@@ -68,18 +66,14 @@ def test_padding_is_never_eos(tiny_model):
 
 def test_an_unknown_target_module_names_the_known_ones(tiny_model):
     e = experiment(tiny_model, **{"lora.target_modules": ["query"]})
-    with pytest.raises(
-        modeling.ModelError, match="names query: .* has the linear layers down_proj, gate_proj"
-    ):
+    with pytest.raises(modeling.ModelError, match="names query: .* has the linear layers down_proj, gate_proj"):
         modeling.add_adapter(modeling.load_base(e, modeling.load_tokenizer(e)), e)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 @pytest.mark.parametrize("name", ["cuda", "cuda:1"])
 def test_cuda_asked_for_and_absent_is_one_clear_error(name):
-    with pytest.raises(
-        modeling.ModelError, match=f"device is '{name}'.*0 CUDA device.*Set device to 'auto' or 'cpu'"
-    ):
+    with pytest.raises(modeling.ModelError, match=f"device is '{name}'.*0 CUDA device.*Set device to 'auto' or 'cpu'"):
         modeling.resolve_device(name)
 
 
@@ -109,9 +103,7 @@ def hub_error(kind, message):
 
 def test_an_unreachable_hub_is_explained(tiny_model):
     e = experiment(tiny_model, base_model="mistralai/Mistral-7B-v0.1")  # the tests run with HF_HUB_OFFLINE=1
-    with pytest.raises(
-        modeling.ModelError, match="Mistral-7B-v0.1.*not in the local cache.*Offline alternative"
-    ):
+    with pytest.raises(modeling.ModelError, match="Mistral-7B-v0.1.*not in the local cache.*Offline alternative"):
         modeling.load_tokenizer(e)
 
 

@@ -120,9 +120,7 @@ def test_the_chain_runs_on_the_real_samsum(tmp_path):
 
 
 def test_the_chain_runs_on_a_file_of_ones_own(tmp_path):
-    rows = [
-        {"dialogue": f"Ann: lunch at {n}?\nBob: fine", "summary": f"They meet at {n}."} for n in range(40)
-    ]
+    rows = [{"dialogue": f"Ann: lunch at {n}?\nBob: fine", "summary": f"They meet at {n}."} for n in range(40)]
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     overrides = {**SMALL, "prompt.style": "plain", "data.train_file": "mine.jsonl", "data.eval_rows": 4}
     run, stdout = chain(tmp_path, "custom", overrides)

@@ -46,9 +46,7 @@ def test_chat_prompt_has_the_official_ids(mistral_tokenizer, official, dialogue,
     )
     user = UserMessage(content=f"Summarize the following dialogue.\n\n{dialogue}")
     assert row.prompt_ids == official.encode_chat_completion(ChatCompletionRequest(messages=[user])).tokens
-    whole = ChatCompletionRequest(
-        messages=[user, AssistantMessage(content="They greet."), UserMessage(content="x")]
-    )
+    whole = ChatCompletionRequest(messages=[user, AssistantMessage(content="They greet."), UserMessage(content="x")])
     assert official.encode_chat_completion(whole).tokens[: len(row.input_ids)] == row.input_ids
 
 
@@ -70,8 +68,7 @@ def test_hostile_dialogue_stays_text(mistral_tokenizer):
     )
     assert row.input_ids.count(mistral_tokenizer.bos_token_id) == 1
     assert (
-        row.input_ids.count(mistral_tokenizer.eos_token_id) == 1
-        and row.input_ids[-1] == mistral_tokenizer.eos_token_id
+        row.input_ids.count(mistral_tokenizer.eos_token_id) == 1 and row.input_ids[-1] == mistral_tokenizer.eos_token_id
     )
     assert (
         "</s>" in mistral_tokenizer.decode(row.prompt_ids)
@@ -85,9 +82,9 @@ def test_labels_are_the_answer_and_eos_alone(mistral_tokenizer, records):
         assert row.labels[:n] == [-100] * n
         assert row.labels[n:] == row.input_ids[n:] == row.answer_ids
         assert row.answer_ids[-1] == mistral_tokenizer.eos_token_id
-        assert [t["supervised"] for t in prompts.token_table(row, mistral_tokenizer)] == [False] * n + [
-            True
-        ] * len(row.answer_ids)
+        assert [t["supervised"] for t in prompts.token_table(row, mistral_tokenizer)] == [False] * n + [True] * len(
+            row.answer_ids
+        )
 
 
 def test_only_the_dialogue_is_cut_and_the_cut_is_counted(mistral_tokenizer):
@@ -128,9 +125,7 @@ def test_few_shot_examples_come_first_and_are_not_supervised(mistral_tokenizer, 
 
 
 def test_a_row_is_never_its_own_example(mistral_tokenizer, records):
-    rows = prompts.build_all(
-        records, mistral_tokenizer, dataclasses.replace(PLAIN, few_shot=1), shots=records
-    )
+    rows = prompts.build_all(records, mistral_tokenizer, dataclasses.replace(PLAIN, few_shot=1), shots=records)
     assert "Left knee pain" not in rows[2].prompt_text and rows[0].prompt_text.count("penicillin") == 1
 
 

@@ -20,8 +20,7 @@ def run(tmp_path, monkeypatch):
         for i in range(12)
     ]
     shared = [
-        {"id": r["id"], "section": r["section"], "dialogue": r["dialogue"], "reference": r["summary"]}
-        for r in records
+        {"id": r["id"], "section": r["section"], "dialogue": r["dialogue"], "reference": r["summary"]} for r in records
     ]
     predictions = {
         "base": [{**s, "prediction": f"{EVIL} 99", "tokens": 5, "stop": "length"} for s in shared],
@@ -38,9 +37,7 @@ def test_side_by_side_escapes_everything_and_shows_what_it_should(run):
     metrics, predictions = reporting.load_run(run)
     chosen = reporting.choose_rows(metrics, 2)
     assert {k: len(v) for k, v in chosen.items()} == {"random": 2, "best": 2, "worst": 2}
-    page = reporting.write_page(run, reporting.side_by_side(metrics, predictions, chosen)).read_text(
-        encoding="utf-8"
-    )
+    page = reporting.write_page(run, reporting.side_by_side(metrics, predictions, chosen)).read_text(encoding="utf-8")
     assert "<script>" not in page and "<b>" not in page and "&lt;script&gt;" in page
     assert "not in the dialogue: 99" in page and "cut at the cap" in page and "http" not in page
 
@@ -54,9 +51,7 @@ def test_inline_views_escape_too():
 
 
 def test_tokens_show_which_are_supervised():
-    view = reporting.tokens_html(
-        [{"token": "Ġprompt", "supervised": False}, {"token": "Ġanswer", "supervised": True}]
-    )
+    view = reporting.tokens_html([{"token": "Ġprompt", "supervised": False}, {"token": "Ġanswer", "supervised": True}])
     assert re.findall("<mark>(.*?)</mark>", view) == ["·answer"]
 
 
@@ -114,9 +109,7 @@ def test_reporting_and_scoring_import_no_torch():
     import subprocess
     import sys
 
-    code = (
-        "import sys; from src import data, experiments, reporting, scoring; assert 'torch' not in sys.modules"
-    )
+    code = "import sys; from src import data, experiments, reporting, scoring; assert 'torch' not in sys.modules"
     subprocess.run(
         [sys.executable, "-c", code],
         check=True,

@@ -70,9 +70,7 @@ def test_rouge_equals_rouge_score_called_directly():
                 column = f"ROUGE-{name[5:]}" + (" stemmed" if stem else "")
                 assert rows[column][i] == pytest.approx(score.fmeasure, abs=1e-9)
     scorer = rouge_scorer.RougeScorer(["rougeLsum"], use_stemmer=True)
-    lines = [
-        [t.replace(". ", ".\n").replace("! ", "!\n") for t in side] for side in (predictions, references)
-    ]
+    lines = [[t.replace(". ", ".\n").replace("! ", "!\n") for t in side] for side in (predictions, references)]
     direct = [scorer.score(r, p)["rougeLsum"].fmeasure for p, r in zip(*lines, strict=True)]
     np.testing.assert_allclose(rows["ROUGE-Lsum stemmed"], direct, atol=1e-9)
 
@@ -80,9 +78,7 @@ def test_rouge_equals_rouge_score_called_directly():
 def test_bleu_equals_sacrebleu_called_directly():
     predictions, references = texts(1), texts(2)
     values = scoring.corpus(scoring.score_rows(predictions, references))
-    assert values["sacreBLEU"] == pytest.approx(
-        BLEU().corpus_score(predictions, [references]).score, abs=1e-9
-    )
+    assert values["sacreBLEU"] == pytest.approx(BLEU().corpus_score(predictions, [references]).score, abs=1e-9)
     plain = BLEU(smooth_method="none").corpus_score(predictions, [references]).score
     assert values["BLEU (0-1)"] == pytest.approx(plain / 100, abs=1e-9) and plain > 0
 
@@ -170,37 +166,26 @@ def test_novel_bigrams_by_hand():
 
 
 def test_human_pairs_need_two_different_summaries():
-    rows = [
-        {"dialogue": d, "summary": s}
-        for d, s in (("x", "1"), ("X!", "2"), ("x", "3"), ("y", "4"), ("y", "4"))
-    ]
+    rows = [{"dialogue": d, "summary": s} for d, s in (("x", "1"), ("X!", "2"), ("x", "3"), ("y", "4"), ("y", "4"))]
     assert scoring.human_pairs([rows[:2], rows[2:]], data.key) == [("2", "1")]
 
 
 def test_a_whole_run_is_scored_with_clean_rows_and_sections():
-    records = [
-        {"id": str(i), "section": "AB"[i % 2], "dialogue": f"d {i}", "summary": f"s {i}"} for i in range(12)
-    ]
+    records = [{"id": str(i), "section": "AB"[i % 2], "dialogue": f"d {i}", "summary": f"s {i}"} for i in range(12)]
     answers = {"base": [], "finetuned": []}
     for r in records:
         answers["base"].append({"prediction": "", "stop": "length", "tokens": 9})
         answers["finetuned"].append({"prediction": r["summary"], "stop": "eos", "tokens": 3})
-    metrics = scoring.evaluate_run(
-        experiments.load_experiment("demo"), answers, records, records[:3], {"0", "1"}
-    )
+    metrics = scoring.evaluate_run(experiments.load_experiment("demo"), answers, records, records[:3], {"0", "1"})
     assert metrics["n"] == 12 and metrics["n_clean"] == 10
     tuned, base = metrics["systems"]["finetuned"], metrics["systems"]["base"]
     assert tuned["all"]["ROUGE-1"]["value"] == 1 and base["clean"]["ROUGE-1"]["value"] == 0
     assert {s: v["n"] for s, v in tuned["sections"].items()} == {"A": 6, "B": 6}
-    assert (
-        base["text"]["empty"] == 1
-        and base["text"]["hit the length cap"] == 1
-        and tuned["text"]["ended by EOS"] == 1
-    )
+    assert base["text"]["empty"] == 1 and base["text"]["hit the length cap"] == 1 and tuned["text"]["ended by EOS"] == 1
     assert metrics["paired"]["finetuned minus base"]["clean"]["ROUGE-L"]["difference"] == 1
-    assert "version:" in metrics["settings"]["sacrebleu signature"] and set(
-        metrics["settings"]["columns"]
-    ) == set(tuned["all"])
+    assert "version:" in metrics["settings"]["sacrebleu signature"] and set(metrics["settings"]["columns"]) == set(
+        tuned["all"]
+    )
 
 
 @needs_mts

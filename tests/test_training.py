@@ -18,6 +18,7 @@ def setup(tiny_model, records, tmp_path, monkeypatch):
         "training.epochs": 2,
         "training.batch_size": 4,
         "training.micro_batch_size": 2,
+        "training.eval_steps": None,
     }
     experiment = experiments.load_experiment(
         "demo", **overrides, **{"generation.max_new_tokens": 4, "training.packing": "off"}
@@ -74,9 +75,7 @@ def test_a_finished_run_is_recorded_and_found_again(setup):
         "manifest.json",
         "train_log.jsonl",
     ]
-    assert manifest["optimizer_steps"] == 6 and manifest["train_tokens"] == 2 * sum(
-        len(r.input_ids) for r in rows
-    )
+    assert manifest["optimizer_steps"] == 6 and manifest["train_tokens"] == 2 * sum(len(r.input_ids) for r in rows)
     log = [json.loads(line) for line in (run / "train_log.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [r["step"] for r in log if "eval_loss" in r] == [3, 6] and sum("sample" in r for r in log) == 2
     first = [r["loss"] for r in log if "loss" in r]
@@ -110,8 +109,7 @@ def test_an_interrupted_run_goes_on_and_ends_like_an_uninterrupted_one(setup, mo
     whole = fresh(experiment, tokenizer)
     training.train(experiment, whole, tokenizer, rows, rows[:2])
     losses = [
-        json.loads(line)
-        for line in (experiment.run_dir / "train_log.jsonl").read_text(encoding="utf-8").splitlines()
+        json.loads(line) for line in (experiment.run_dir / "train_log.jsonl").read_text(encoding="utf-8").splitlines()
     ]
     experiment.run_dir.rename(experiment.run_dir.with_name("whole"))
 
@@ -127,9 +125,7 @@ def test_an_interrupted_run_goes_on_and_ends_like_an_uninterrupted_one(setup, mo
     monkeypatch.setattr(training.SummaryTrainer, "compute_loss", stop_in_the_second_epoch)
     with pytest.raises(KeyboardInterrupt):
         training.train(experiment, fresh(experiment, tokenizer), tokenizer, rows, rows[:2])
-    assert (
-        not (experiment.run_dir / "manifest.json").exists() and (experiment.run_dir / "checkpoints").is_dir()
-    )
+    assert not (experiment.run_dir / "manifest.json").exists() and (experiment.run_dir / "checkpoints").is_dir()
     monkeypatch.setattr(training.SummaryTrainer, "compute_loss", real)
     resumed = fresh(experiment, tokenizer)
     manifest = training.train(experiment, resumed, tokenizer, rows, rows[:2])
@@ -137,8 +133,7 @@ def test_an_interrupted_run_goes_on_and_ends_like_an_uninterrupted_one(setup, mo
     for name, value in weights(whole).items():
         torch.testing.assert_close(weights(resumed)[name], value, rtol=1e-4, atol=1e-6)
     log = [
-        json.loads(line)
-        for line in (experiment.run_dir / "train_log.jsonl").read_text(encoding="utf-8").splitlines()
+        json.loads(line) for line in (experiment.run_dir / "train_log.jsonl").read_text(encoding="utf-8").splitlines()
     ]
     first_resumed = next(r for r in log[::-1] if r["step"] == 4 and "loss" in r)
     assert first_resumed["loss"] == pytest.approx(
@@ -157,14 +152,11 @@ def test_the_best_adapter_is_kept_and_early_stopping_stops(setup):
     model = fresh(experiment, tokenizer)
     manifest = training.train(experiment, model, tokenizer, rows, other)
     log = [
-        json.loads(line)
-        for line in (experiment.run_dir / "train_log.jsonl").read_text(encoding="utf-8").splitlines()
+        json.loads(line) for line in (experiment.run_dir / "train_log.jsonl").read_text(encoding="utf-8").splitlines()
     ]
     evaluations = {r["step"]: r["eval_loss"] for r in log if "eval_loss" in r}
     assert manifest["best_step"] == min(evaluations, key=evaluations.get)
-    assert (
-        manifest["best_step"] < manifest["optimizer_steps"] < 18
-    )  # stopped one evaluation after the best, of six
+    assert manifest["best_step"] < manifest["optimizer_steps"] < 18  # stopped one evaluation after the best, of six
     again = training.validation_loss(model, [training.collate(other, tokenizer.pad_token_id)])
     assert again == pytest.approx(min(evaluations.values()), rel=1e-4)
 

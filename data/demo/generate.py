@@ -207,9 +207,7 @@ def spell(n: int) -> str:
     if n >= 2000:
         return "two thousand" + (f" {spell(n - 2000)}" if n > 2000 else "")
     if n >= 1100:
-        return spell(n // 100) + (
-            f" {'o ' if n % 100 < 10 else ''}{spell(n % 100)}" if n % 100 else " hundred"
-        )
+        return spell(n // 100) + (f" {'o ' if n % 100 < 10 else ''}{spell(n % 100)}" if n % 100 else " hundred")
     if n >= 100:
         return spell(n // 100) + " hundred" + (f" {spell(n % 100)}" if n % 100 else "")
     if n >= 20:
@@ -234,9 +232,7 @@ class Speech:
 
     def entity(self, options):
         options = list(options)
-        return self.pick(
-            [o for i, o in enumerate(options) if self.split != "train" or i % HELD_OUT != HELD_OUT - 1]
-        )
+        return self.pick([o for i, o in enumerate(options) if self.split != "train" or i % HELD_OUT != HELD_OUT - 1])
 
     def count(self, n: int, unit: str) -> str:
         """A number with its unit as it is spoken: "a week", "two weeks"."""
@@ -302,9 +298,7 @@ def tell_medicine(s, x):
             ("P", s.pick([f"I take {drug}.", f"{capital(drug)}.", f"Just the {drug}, I think."])),
             (
                 "D",
-                s.pick(
-                    ["What dose, and how often?", "How much of it, and when?", f"How do you take the {drug}?"]
-                ),
+                s.pick(["What dose, and how often?", "How much of it, and when?", f"How do you take the {drug}?"]),
             ),
             (
                 "P",
@@ -355,9 +349,7 @@ def tell_stopped(s, x):
         ),
         (
             "P",
-            s.pick(
-                [f"No, I stopped it. {capital(why)}.", f"I quit it because {why}.", f"Not anymore, {why}."]
-            ),
+            s.pick([f"No, I stopped it. {capital(why)}.", f"I quit it because {why}.", f"Not anymore, {why}."]),
         ),
     ]
 
@@ -469,9 +461,7 @@ def tell_pain(s, x):
             ),
             (
                 "P",
-                s.pick(
-                    [f"About {long}.", f"For {long} now.", f"It started {long} ago.", f"I would say {long}."]
-                ),
+                s.pick([f"About {long}.", f"For {long} now.", f"It started {long} ago.", f"I would say {long}."]),
             ),
         ]
     return [
@@ -704,9 +694,7 @@ def back_review(x):
 
 
 def ask_review(x):
-    return [(f"Is there {item}?", "yes") for item in x["yes"]] + [
-        (f"Is there {item}?", "no") for item in x["no"]
-    ]
+    return [(f"Is there {item}?", "yes") for item in x["yes"]] + [(f"Is there {item}?", "no") for item in x["no"]]
 
 
 def draw_smoking(s):
@@ -744,9 +732,7 @@ def tell_smoking(s, x):
         ("D", asked),
         (
             "P",
-            s.pick(
-                [f"Yes, {packs} a day for {years}.", f"{capital(packs)} a day. I have done that for {years}."]
-            ),
+            s.pick([f"Yes, {packs} a day for {years}.", f"{capital(packs)} a day. I have done that for {years}."]),
         ),
     ]
 
@@ -790,11 +776,7 @@ def draw_alcohol(s):
 
 def _drinks(x):
     n, what = x["n"], x["what"]
-    return (
-        f"{n} {what}"
-        if n == 1
-        else f"{n} {what.replace('glass', 'glasses') if 'glass' in what else what + 's'}"
-    )
+    return f"{n} {what}" if n == 1 else f"{n} {what.replace('glass', 'glasses') if 'glass' in what else what + 's'}"
 
 
 def tell_alcohol(s, x):
@@ -836,9 +818,7 @@ def draw_job(s):
 
 def tell_job(s, x):
     job = article(x["job"])
-    asked = s.pick(
-        ["What do you do for a living?", "Where do you work?", "And your job?", "Are you working?"]
-    )
+    asked = s.pick(["What do you do for a living?", "Where do you work?", "And your job?", "Are you working?"])
     said = (
         [f"I am retired. I was {job}.", f"I used to be {job}, I am retired now."]
         if x["retired"]
@@ -1021,9 +1001,7 @@ def tell_surgery(s, x):
         ("D", asked),
         (
             "P",
-            s.pick(
-                [f"I had {what} in {year}.", f"In {year} I had {what}.", f"Yes, {what}. That was {year}."]
-            ),
+            s.pick([f"I had {what} in {year}.", f"In {year} I had {what}.", f"Yes, {what}. That was {year}."]),
         ),
     ]
 
@@ -1057,9 +1035,7 @@ def tell_vaccine(s, x):
         ("D", asked),
         (
             "P",
-            s.pick(
-                [f"Yes, in {x['month']}.", f"I got it in {x['month']}.", f"{x['month']}, at the pharmacy."]
-            )
+            s.pick([f"Yes, in {x['month']}.", f"I got it in {x['month']}.", f"{x['month']}, at the pharmacy."])
             if x["got"]
             else s.pick(["No, I never got it.", "I do not want it.", "Not yet."]),
         ),
@@ -1154,10 +1130,7 @@ def ask_return(x):
 
 
 NAMES = "medicine stopped allergy pain symptom age cause modifiers severity review smoking alcohol job home family disease surgery vaccine order return".split()
-KINDS = {
-    name: tuple(globals()[f"{verb}_{name}"] for verb in ("draw", "tell", "note", "back", "ask"))
-    for name in NAMES
-}
+KINDS = {name: tuple(globals()[f"{verb}_{name}"] for verb in ("draw", "tell", "note", "back", "ask")) for name in NAMES}
 # section: (weight, kinds that may occur, fewest, most, share of "nothing to report", its questions, its stock note)
 SECTIONS = {
     "FAM/SOCHX": (
@@ -1279,9 +1252,7 @@ def visit(s: Speech, section: str | None = None) -> dict:
     for name in names:
         name = s.pick(name.split("|"))
         slots = KINDS[name][0](s)
-        while any(
-            other == name and list(known.values())[0] == list(slots.values())[0] for other, known in facts
-        ):
+        while any(other == name and list(known.values())[0] == list(slots.values())[0] for other, known in facts):
             slots = KINDS[name][0](s)
         facts.append((name, slots))
     return {"section": section, "facts": facts}
@@ -1350,15 +1321,11 @@ def talk(s: Speech, v: dict, shuffle: bool = True) -> str:
             place = next((i for i, (who, _) in enumerate(told) if who == "P"), None)
             if place is not None:
                 filler, text = s.pick(FILLERS), told[place][1]
-                keep = (
-                    text.startswith("I ") or text.split(" ")[0] in (*MONTHS, *DAYS) or filler.endswith(". ")
-                )
+                keep = text.startswith("I ") or text.split(" ")[0] in (*MONTHS, *DAYS) or filler.endswith(". ")
                 told[place] = ("P", filler + (text if keep else text[:1].lower() + text[1:]))
         turns += told
         if s.chance(0.05) and told[-1][0] == "P":
-            turns.append(
-                ("F", s.pick(["That is right.", "I can confirm that.", "That is what I remember too."]))
-            )
+            turns.append(("F", s.pick(["That is right.", "I can confirm that.", "That is what I remember too."])))
         if s.chance(0.1):
             turns += s.pick(SMALL_TALK)
     if s.chance(0.15) and v["section"] in ("MEDICATIONS", "ALLERGY", "PASTSURGICAL"):
@@ -1406,9 +1373,7 @@ def rows(split: str, seed: int = SEED) -> list[dict]:
 def write(folder: Path):
     for split in ROWS:
         with open(folder / f"{split}.csv", "w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(
-                file, ["ID", "section_header", "section_text", "dialogue"], lineterminator="\n"
-            )
+            writer = csv.DictWriter(file, ["ID", "section_header", "section_text", "dialogue"], lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows(split))
 

@@ -121,9 +121,8 @@ def recall(s, v) -> str:
         lines.append(
             f"Doctor: {start} {generate.KINDS[name][3](slots)}.\nPatient: {s.pick(['Yes, I said that.', 'True.', 'That has not changed.', 'Right.'])}"
         )
-    return (
-        f"\n\n{s.pick(['Two weeks later', 'A month later', 'The next visit', 'The following week'])}\n"
-        + "\n".join(lines)
+    return f"\n\n{s.pick(['Two weeks later', 'A month later', 'The next visit', 'The following week'])}\n" + "\n".join(
+        lines
     )
 
 
@@ -143,9 +142,7 @@ def glossary(s) -> str:
     pairs += [(k.format(side="left"), v.format(side="left")) for k, v in generate.SURGERIES.items()]
     pairs += [
         (generate.spell(n), str(n))
-        for n in s.rng.sample(range(1, 100), 15)
-        + s.rng.sample(generate.DOSES, 8)
-        + s.rng.sample(range(1970, 2025), 15)
+        for n in s.rng.sample(range(1, 100), 15) + s.rng.sample(generate.DOSES, 8) + s.rng.sample(range(1970, 2025), 15)
     ]
     chosen = s.rng.sample(pairs, 24)
     return "\n".join(f"{a} = {b}" if s.chance(0.5) else f"{b} = {a}" for a, b in chosen)
@@ -171,9 +168,7 @@ def wide_visit(s) -> dict:
 def notes(s) -> str:
     """A note of several sections; its talk is not in the document."""
     visits = [generate.visit(s) for _ in range(s.rng.randint(1, 5))]
-    return "\n".join(
-        f"{v['section']}: {generate.note(v)}" if s.chance(0.7) else generate.note(v) for v in visits
-    )
+    return "\n".join(f"{v['section']}: {generate.note(v)}" if s.chance(0.7) else generate.note(v) for v in visits)
 
 
 def document(s) -> str:
@@ -203,9 +198,7 @@ def public_documents(folder: Path, mts: Path, log=print) -> dict[str, list[str]]
             texts.setdefault(source, []).extend(json.loads(line)["text"] for line in lines)
     with open(mts, encoding="utf-8", newline="") as file:
         table = list(csv.DictReader(file))
-    texts["mts"] = [
-        row[c].replace("\r\n", "\n").strip() for c in ("dialogue", "section_text") for row in table
-    ]
+    texts["mts"] = [row[c].replace("\r\n", "\n").strip() for c in ("dialogue", "section_text") for row in table]
     log({source: len(found) for source, found in texts.items()})
     return texts
 
@@ -305,17 +298,15 @@ def build_model():
 
     AttentionInterface.register("documents", _document_attention)
     torch.manual_seed(SEED)
-    return MistralForCausalLM(
-        MistralConfig(**ARCHITECTURE, attn_implementation="documents", initializer_range=0.02)
-    )
+    return MistralForCausalLM(MistralConfig(**ARCHITECTURE, attn_implementation="documents", initializer_range=0.02))
 
 
 def _document_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
     from torch.nn.attention.flex_attention import flex_attention
 
-    return flex_attention(
-        query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=True
-    ).transpose(1, 2), None
+    return flex_attention(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=True).transpose(
+        1, 2
+    ), None
 
 
 def learning_rate(share: float) -> float:
@@ -373,9 +364,7 @@ def train(folder: Path, mts: Path, minutes: float, out: Path):
         positions = np.concatenate([p[: BATCH - n_public], public_positions[drawn]]).astype(np.int64)
         buffer_t, buffer_p = [t[BATCH - n_public :]], [p[BATCH - n_public :]]
         have = len(buffer_t[0])
-        ids, positions = (
-            torch.from_numpy(a).pin_memory().to(device, non_blocking=True) for a in (ids, positions)
-        )
+        ids, positions = (torch.from_numpy(a).pin_memory().to(device, non_blocking=True) for a in (ids, positions))
         document_ids.copy_((positions == 0).cumsum(1))
         mask = make_mask(same_document, BATCH, None, ROW, ROW, device=device)
         if step == 3:  # compiled and warm
@@ -416,9 +405,7 @@ def train(folder: Path, mts: Path, minutes: float, out: Path):
         "batch_tokens": BATCH * ROW,
         "parameters": sum(p.numel() for p in model.parameters()),
     }
-    (out / "pretrain_log.jsonl").write_text(
-        "".join(json.dumps(row) + "\n" for row in [about, *log]), encoding="utf-8"
-    )
+    (out / "pretrain_log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [about, *log]), encoding="utf-8")
     print(json.dumps({**about, **log[-1]}))
 
 
@@ -431,12 +418,8 @@ def merge(out: Path):
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16, attn_implementation="sdpa")
     model.generation_config.pad_token_id = 0
     model.save_pretrained(HERE / "base")
-    about, *log = [
-        json.loads(line) for line in (out / "pretrain_log.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
-    (HERE / "pretrain_log.jsonl").write_text(
-        "".join(json.dumps(row) + "\n" for row in [about, *log]), encoding="utf-8"
-    )
+    about, *log = [json.loads(line) for line in (out / "pretrain_log.jsonl").read_text(encoding="utf-8").splitlines()]
+    (HERE / "pretrain_log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [about, *log]), encoding="utf-8")
     fig, axis = plt.subplots(figsize=(7, 3), layout="constrained")
     axis.plot([row["tokens"] / 1e6 for row in log], [row["loss"] for row in log], color="#2b6ca3", lw=1)
     axis.set(

@@ -7,19 +7,13 @@ import datasets
 import evaluate
 from sacrebleu.metrics import BLEU
 
-DESCRIPTION = (
-    "BLEU's n-gram matches and totals, system and reference length of every row, and sacrebleu's signature."
-)
+DESCRIPTION = "BLEU's n-gram matches and totals, system and reference length of every row, and sacrebleu's signature."
 
 
 class SummaryBleu(evaluate.Metric):
     def _info(self):
-        features = datasets.Features(
-            {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
-        )
-        return evaluate.MetricInfo(
-            description=DESCRIPTION, citation="Post (2018), sacreBLEU", features=features
-        )
+        features = datasets.Features({"predictions": datasets.Value("string"), "references": datasets.Value("string")})
+        return evaluate.MetricInfo(description=DESCRIPTION, citation="Post (2018), sacreBLEU", features=features)
 
     def _compute(self, predictions, references):
         bleu = BLEU(

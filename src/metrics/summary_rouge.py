@@ -11,7 +11,9 @@ import evaluate
 from nltk.stem.porter import PorterStemmer
 from rouge_score import rouge_scorer, tokenize
 
-DESCRIPTION = "ROUGE-1/2/L unstemmed and stemmed, ROUGE-Lsum stemmed over newline-split sentences; F1 in 0-1, one value a row."
+DESCRIPTION = (
+    "ROUGE-1/2/L unstemmed and stemmed, ROUGE-Lsum stemmed over newline-split sentences; F1 in 0-1, one value a row."
+)
 
 
 class WordCache:
@@ -41,9 +43,7 @@ def sentences(text):
 
 class SummaryRouge(evaluate.Metric):
     def _info(self):
-        features = datasets.Features(
-            {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
-        )
+        features = datasets.Features({"predictions": datasets.Value("string"), "references": datasets.Value("string")})
         return evaluate.MetricInfo(description=DESCRIPTION, citation="Lin (2004), ROUGE", features=features)
 
     def _compute(self, predictions, references):
