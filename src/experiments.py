@@ -72,6 +72,7 @@ class Training:
     packing: str = "auto"  # on: whole rows, no padding | off: padded by length | auto: on where varlen attention runs
     kernels: str = "auto"  # auto: fused kernels on CUDA where they help | off
     checkpointing: str = "auto"  # of activations. auto: only if memory asks for it | on | off
+    memory_gib: float | None = None  # plan for at most this much GPU memory; None: for what is free
     learning_rate: float = 2e-4  # the peak
     schedule: str = "linear"  # any transformers scheduler name: linear, cosine, constant_with_warmup, ...
     warmup_steps: float = 0  # optimizer steps; a value below 1 is a fraction of all steps
@@ -313,6 +314,7 @@ _AT_LEAST = {  # the smallest value that makes sense; None is always allowed whe
     "training.batch_size": 1,
     "training.micro_batch_size": 1,
     "training.token_budget": 1,
+    "training.memory_gib": 1,
     "training.learning_rate": 0,
     "training.warmup_steps": 0,
     "training.max_grad_norm": 0,

@@ -1,15 +1,19 @@
-"""What makes a training step fast on CUDA: attention over packed rows, and LoRA layers without their element-wise overhead.
+"""What makes a training step fast on CUDA: attention over packed rows, and layers without their element-wise overhead.
 
 `varlen_attention` runs where torch has variable-length flash attention (compute capability 8.0 and up); elsewhere packed rows go
 through sdpa with a block mask, which costs more and computes the same.
 
-`fused_lora` replaces, for the duration of training, the forward of the LoRA projections of attention and MLP by three
-autograd functions that compute the same. PEFT's own forward reads and writes every activation several times more: casts,
-scale, add, and one gradient addition for every projection that shares an input. Here the low-rank part is written first and the
-large matrix product is added on top of it (beta = 1 of a GEMM, which costs nothing), in the backward pass too; projections
-that share an input share one product with their A matrices; and the MLP recomputes silu(gate) * up instead of keeping it.
+`fused` replaces, for the duration of training, the forward of the LoRA projections of attention and MLP by autograd functions
+that compute the same. PEFT's own forward reads and writes every activation several times more: casts, scale, add, and
+one gradient addition for every projection that shares an input. Here the low-rank part is written first and the large
+matrix product is added on top of it (beta = 1 of a GEMM, which costs nothing), in the backward pass too; projections that
+share an input share one product with their A matrices; and the MLP recomputes silu(gate) * up instead of keeping it. RMSNorm,
+rotary embedding and the gated activation become one kernel each through torch.compile.
 """
 
+import importlib.util
+import inspect
+import sys
 from contextlib import contextmanager
 
 import torch
@@ -27,41 +31,34 @@ def has_varlen(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def varlen_attention(
-    module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **kwargs
-):
-    """A transformers attention function: (1, heads, T, d) packed rows if cu_seq_lens_q is given, sdpa otherwise (generation)."""
+def varlen_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs):
+    """A transformers attention function: packed rows (1, heads, T, d) if cu_seq_lens_q is given, sdpa otherwise (generation)."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    if cu_seq_lens_q is None or not query.is_cuda:
-        if cu_seq_lens_q is not None:
-            attention_mask = block_mask(cu_seq_lens_q, query.shape[2])
+    starts, longest = kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q")
+    if starts is None or not query.is_cuda:
+        if starts is not None:
+            attention_mask = block_mask(starts, query.shape[2], sliding_window)
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    groups = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (k, v))
-    starts = cu_seq_lens_q
-    out = varlen_attn(
-        q.contiguous(),
-        k,
-        v.contiguous(),
-        starts,
-        starts,
-        max_length_q,
-        max_length_q,
-        scale=scaling,
-        window_size=(-1, 0),
-    )
+    options = {}
+    if q.shape[1] != k.shape[1] and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        options["enable_gqa"] = True
+    elif q.shape[1] != k.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    window = (sliding_window - 1 if sliding_window else -1, 0)
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    out = varlen_attn(q, k, v, starts, starts, longest, longest, scale=scaling, window_size=window, **options)
     return out.unsqueeze(0), None
 
 
-def block_mask(starts: torch.Tensor, length: int) -> torch.Tensor:
-    """(1, 1, T, T) boolean: causal within each row, nothing across rows."""
+def block_mask(starts: torch.Tensor, length: int, window: int | None = None) -> torch.Tensor:
+    """(1, 1, T, T) boolean: causal within each row, at most `window` tokens back, nothing across rows."""
     row = torch.bucketize(torch.arange(length, device=starts.device), starts, right=True)
-    same = row[:, None] == row[None]
-    return torch.tril(same)[None, None]
+    same = torch.tril(row[:, None] == row[None])
+    return (torch.triu(same, 1 - window) if window else same)[None, None]
 
 
 def register():
@@ -182,21 +179,45 @@ def _gated_backward(dh, gate, up):
 _compiled = {}
 
 
-def _on_cuda(name, function, *tensors):
-    """The element-wise function as one kernel on CUDA (torch.compile, any number of tokens), as it stands elsewhere."""
-    if not tensors[0].is_cuda:
-        return function(*tensors)
-    if name not in _compiled:
-        _compiled[name] = torch.compile(function, dynamic=True)
-    return _compiled[name](*tensors)
+def _on_cuda(function, *arguments):
+    """The element-wise function as one kernel on CUDA (torch.compile, any number of tokens), as it stands elsewhere.
+
+    Tensors have their tokens in dimension 0 (matrices) or 2 (heads), or 1 (rotary tables).
+    """
+    if not arguments[0].is_cuda:
+        return function(*arguments)
+    if function not in _compiled:
+        _compiled[function] = torch.compile(function)
+    for x in arguments:
+        if torch.is_tensor(x) and x.ndim > 1:
+            torch._dynamo.maybe_mark_dynamic(x, {2: 0, 3: 1, 4: 2}[x.ndim])
+    return _compiled[function](*arguments)
 
 
 def gated(gate, up):
-    return _on_cuda("gated", _gated, gate, up)
+    return _on_cuda(_gated, gate, up)
 
 
 def gated_backward(dh, gate, up):
-    return _on_cuda("gated_backward", _gated_backward, dh, gate, up)
+    return _on_cuda(_gated_backward, dh, gate, up)
+
+
+def _rms_norm(x, weight, eps: float):
+    y = x.float()
+    return weight * (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def _rotary(q, k, cos, sin):
+    def turned(x):
+        a, b = x.chunk(2, -1)
+        return torch.cat((-b, a), -1)
+
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return q * cos + turned(q) * sin, k * cos + turned(k) * sin
+
+
+def rotary(q, k, cos, sin, unsqueeze_dim=1):
+    return _on_cuda(_rotary, q, k, cos, sin)
 
 
 def fusable(module) -> bool:
@@ -249,20 +270,46 @@ def _mlp(mlp) -> bool:
     return True
 
 
+def _norm(norm) -> bool:
+    if not type(norm).__name__.endswith("RMSNorm") or not hasattr(norm, "variance_epsilon"):
+        return False
+    norm.forward = lambda x: _on_cuda(_rms_norm, x.reshape(-1, x.shape[-1]), norm.weight, norm.variance_epsilon).view(
+        x.shape
+    )
+    return True
+
+
+def wanted(experiment, device: torch.device) -> bool:
+    """Whether `fused` should be on: training.kernels, a GPU with Triton, and no dropout inside the adapter."""
+    on = experiment.training.kernels == "auto" and experiment.lora.dropout == 0
+    return on and device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
 @contextmanager
-def fused_lora(model, enabled: bool = True):
-    """Train through the fused functions inside the context; yields how many modules they replaced (0: adapters they do not fit)."""
-    changed = []
-    if enabled:
-        for module in model.modules():
-            if hasattr(module, "q_proj") and _attention(module):
-                changed += [module.q_proj, module.k_proj, module.v_proj]
-                if _single(module.o_proj):
-                    changed.append(module.o_proj)
-            elif hasattr(module, "gate_proj") and _mlp(module):
-                changed.append(module)
+def fused(model, enabled: bool = True):
+    """Train through the fused functions inside the context; yields how many modules they replaced.
+
+    Adapters they do not fit (dropout, bias, DoRA, other activations) keep their own forward.
+    """
+    changed, rotated = [], {}
+    for module in model.modules() if enabled else ():
+        if hasattr(module, "q_proj") and _attention(module):
+            changed += [module.q_proj, module.k_proj, module.v_proj]
+            if _single(module.o_proj):
+                changed.append(module.o_proj)
+            source = sys.modules[type(module).__module__]
+            if hasattr(source, "apply_rotary_pos_emb"):
+                rotated.setdefault(source, source.apply_rotary_pos_emb)
+        elif hasattr(module, "gate_proj") and _mlp(module):
+            changed.append(module)
+        elif _norm(module):
+            changed.append(module)
+    for source in rotated:
+        source.apply_rotary_pos_emb = rotary
     try:
         yield len(changed)
     finally:
         for module in changed:
             del module.forward
+        for source, function in rotated.items():
+            source.apply_rotary_pos_emb = function

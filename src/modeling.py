@@ -1,5 +1,6 @@
 """The base model in 4 bits, its tokenizer, and the adapter on top: loaded the same way on CUDA and on the CPU."""
 
+import gc
 import os
 import warnings
 from contextlib import contextmanager
@@ -8,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from src import experiments
+from src import experiments, kernels
 
 
 class ModelError(RuntimeError):
@@ -72,7 +73,7 @@ def load_tokenizer(experiment):
     """
     from transformers import AutoTokenizer
 
-    with _hub_errors(experiment, "tokenizer"):
+    with hub_errors(experiment, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(model_source(experiment), revision=experiment.revision)
     if tokenizer.eos_token_id is None:
         raise ModelError(
@@ -89,16 +90,17 @@ def load_tokenizer(experiment):
     return tokenizer
 
 
-def load_base(experiment, tokenizer, device: torch.device | None = None, attention: str = "sdpa"):
+def load_base(experiment, tokenizer, device: torch.device | None = None):
     """The frozen base model, quantised while it loads (bitsandbytes NF4 or FP4) and placed on the experiment's device.
 
-    `attention`: the name of a transformers attention function. `model.base_commit` holds the hub commit it came from
-    (None for a folder).
+    Attention is `kernels.varlen_attention`, which is torch's sdpa wherever rows are not packed. `model.base_commit` holds
+    the hub commit it came from (None for a folder).
     """
     import transformers
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     device = device or resolve_device(experiment.device)
+    kernels.register()
     dtype = compute_dtype(experiment, device)
     q = experiment.quantization
     config = BitsAndBytesConfig(
@@ -108,14 +110,14 @@ def load_base(experiment, tokenizer, device: torch.device | None = None, attenti
         bnb_4bit_compute_dtype=dtype,
     )
     transformers.utils.logging.disable_progress_bar()  # of the weights, a line a notebook does not need
-    with _hub_errors(experiment, "model"):
+    with hub_errors(experiment, "model"):
         model = AutoModelForCausalLM.from_pretrained(
             model_source(experiment),
             revision=experiment.revision,
             quantization_config=config if q.bits == 4 else None,
             device_map={"": device},
             dtype=dtype,
-            attn_implementation=attention,
+            attn_implementation=kernels.NAME,
             use_safetensors=True,
         )
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
@@ -155,7 +157,7 @@ def add_adapter(model, experiment):
     return model
 
 
-def load_finetuned(experiment, tokenizer, attention: str = "sdpa"):
+def load_finetuned(experiment, tokenizer):
     """Base model with the run's trained adapter, for generation. `with model.disable_adapter():` gives the base model.
 
     Raises FileNotFoundError naming notebook 02 when there is no adapter, ModelError when the hub now serves another commit
@@ -164,7 +166,7 @@ def load_finetuned(experiment, tokenizer, attention: str = "sdpa"):
     from peft import PeftModel
 
     manifest = experiments.read_json(experiment.run_dir / "manifest.json", "02_train_qlora")
-    base = load_base(experiment, tokenizer, attention=attention)
+    base = load_base(experiment, tokenizer)
     commit = base.base_commit
     if commit != manifest["base_commit"]:
         raise ModelError(
@@ -199,6 +201,13 @@ def dequantize(model):
     return model
 
 
+def free_cuda():
+    """Give memory that nothing holds any more back to the GPU."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def count_parameters(model) -> dict[str, int]:
     """Trainable and total parameters; a 4-bit tensor counts the weights it stands for."""
     total = trainable = 0
@@ -211,7 +220,7 @@ def count_parameters(model) -> dict[str, int]:
 
 
 @contextmanager
-def _hub_errors(experiment, what: str):
+def hub_errors(experiment, what: str):
     """Turn the hub's errors into one paragraph: which id, which variable, what to do without a network."""
     from huggingface_hub.errors import (
         GatedRepoError,

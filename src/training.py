@@ -2,9 +2,7 @@
 
 import importlib.metadata
 import json
-import math
 import platform
-import random
 import shutil
 import subprocess
 import time
@@ -17,86 +15,25 @@ from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from src import experiments, generation, modeling, prompts
+from src import batching, experiments, generation, kernels, modeling, planner, prompts
 
 EVAL_BATCH = 16  # rows in a forward pass of the validation loss
-GROUP = 16  # optimizer steps whose rows are sorted by length together, so that a padded batch holds rows of like length
 
 
 class TrainingError(RuntimeError):
     """A run that cannot start or go on; the message says why and what to do."""
 
 
-class StepSampler:
-    """Row indices of every forward pass of an epoch: each optimizer step holds exactly `batch_size` rows (the last may hold fewer).
-
-    Rows are shuffled by (seed, epoch), sorted by length within groups of GROUP steps, cut into steps, and the steps
-    shuffled. A step is `batch_size // micro_batch_size` forward passes.
-    """
-
-    def __init__(self, lengths: list[int], batch_size: int, micro_batch_size: int, seed: int):
-        self.lengths, self.batch_size, self.micro_batch_size, self.seed, self.epoch = (
-            lengths,
-            batch_size,
-            micro_batch_size,
-            seed,
-            0,
-        )
-
-    def set_epoch(self, epoch: int):
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        whole, rest = divmod(len(self.lengths), self.batch_size)
-        return whole * (self.batch_size // self.micro_batch_size) + math.ceil(rest / self.micro_batch_size)
-
-    def __iter__(self):
-        generator = random.Random(f"{self.seed}-{self.epoch}")
-        order = list(range(len(self.lengths)))
-        generator.shuffle(order)
-        span = GROUP * self.batch_size
-        groups = [sorted(order[i : i + span], key=self.lengths.__getitem__) for i in range(0, len(order), span)]
-        steps = [group[i : i + self.batch_size] for group in groups for i in range(0, len(group), self.batch_size)]
-        short = [step for step in steps if len(step) < self.batch_size]  # at most one, at the end of the epoch
-        steps = [step for step in steps if len(step) == self.batch_size]
-        generator.shuffle(steps)
-        for step in steps + short:
-            for i in range(0, len(step), self.micro_batch_size):
-                yield step[i : i + self.micro_batch_size]
-
-
-def collate(rows, pad_id: int) -> dict[str, torch.Tensor]:
-    """Right-padded input_ids, attention_mask and labels of shape (rows, longest row), and the number of real tokens.
-
-    Padding is masked by length, not by id.
-    """
-    width = max(len(row.input_ids) for row in rows)
-    ids = torch.full((len(rows), width), pad_id)
-    labels = torch.full((len(rows), width), prompts.IGNORE)
-    mask = torch.zeros((len(rows), width), dtype=torch.long)
-    for i, row in enumerate(rows):
-        n = len(row.input_ids)
-        ids[i, :n], labels[i, :n], mask[i, :n] = torch.tensor(row.input_ids), torch.tensor(row.labels), 1
-    return {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "labels": labels,
-        "tokens": sum(len(row.input_ids) for row in rows),
-    }
-
-
 def summed_loss(model, inputs: dict) -> tuple[torch.Tensor, int]:
-    """Cross-entropy summed over the supervised tokens of a batch, and their number. Logits exist only where a row has a label."""
+    """Cross-entropy summed over the supervised tokens of a batch (of `batching`), and their number. No other logits are computed."""
     inputs = {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in inputs.items()}
-    inputs.pop("tokens", None)
-    targets = F.pad(inputs.pop("labels")[:, 1:], (0, 1), value=prompts.IGNORE)  # position i predicts token i + 1
-    positions = (targets != prompts.IGNORE).any(0).nonzero().squeeze(1)
+    _, _, count = inputs.pop("labels"), inputs.pop("tokens"), inputs.pop("supervised")
+    positions, targets = inputs.pop("positions"), inputs.pop("targets")
     logits = model(**inputs, logits_to_keep=positions, use_cache=False).logits
-    targets = targets[:, positions]
     loss = F.cross_entropy(
         logits.float().flatten(0, 1), targets.flatten(), ignore_index=prompts.IGNORE, reduction="sum"
     )
-    return loss, int((targets != prompts.IGNORE).sum())
+    return loss, count
 
 
 @torch.no_grad()
@@ -112,16 +49,26 @@ def validation_loss(model, batches) -> float:
 class SummaryTrainer(Trainer):
     """Trainer with the project's batches and loss; checkpoints, schedules, resuming and the progress bar are Hugging Face's."""
 
-    def __init__(self, *args, sampler: StepSampler, pad_id: int, log_path, answer_samples, **kwargs):
+    def __init__(self, *args, sampler: batching.StepSampler, pad_id: int, log_path, answer_samples, **kwargs):
         self.sampler, self.pad_id, self.answer_samples, self.seen_tokens = sampler, pad_id, answer_samples, 0
-        super().__init__(*args, data_collator=lambda rows: collate(rows, pad_id), **kwargs)
+        super().__init__(*args, data_collator=self.collate, **kwargs)
         self.model_accepts_loss_kwargs = True  # have the supervised tokens of the whole optimizer step counted
         self.add_callback(Log(log_path, self))
 
+    def collate(self, rows) -> dict:
+        return batching.pack(rows) if self.sampler.packed else batching.pad(rows, self.pad_id)
+
     def get_train_dataloader(self):
-        return self.accelerator.prepare(
-            DataLoader(self.train_dataset, batch_sampler=self.sampler, collate_fn=self.data_collator)
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=self.sampler,
+            collate_fn=self.collate,
+            pin_memory=self.args.device.type == "cuda",
         )
+        return self.accelerator.prepare(loader)
+
+    def floating_point_ops(self, inputs) -> int:
+        return 0  # counted over all parameters at every step otherwise, and read by nobody
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         self.seen_tokens += inputs["tokens"]
@@ -129,7 +76,7 @@ class SummaryTrainer(Trainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         rows = sorted(self.eval_dataset, key=lambda row: len(row.input_ids))
-        batches = (collate(rows[i : i + EVAL_BATCH], self.pad_id) for i in range(0, len(rows), EVAL_BATCH))
+        batches = (self.collate(rows[i : i + EVAL_BATCH]) for i in range(0, len(rows), EVAL_BATCH))
         with self.compute_loss_context_manager():
             metrics = {f"{metric_key_prefix}_loss": validation_loss(self.model, batches)}
         self.log(metrics)
@@ -167,24 +114,7 @@ def append(path, row: dict):
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def total_steps(experiment, rows: int) -> int:
-    """Optimizer steps of a run over `rows` training rows."""
-    per_epoch = math.ceil(rows / experiment.training.batch_size)
-    steps = math.ceil(experiment.training.epochs * per_epoch)
-    return min(steps, experiment.training.max_steps or steps)
-
-
-def plan(experiment, rows) -> dict:
-    """What a step will be."""
-    t = experiment.training
-    return {
-        "rows": len(rows),
-        "optimizer steps": total_steps(experiment, len(rows)),
-        "rows per optimizer step": t.batch_size,
-    }
-
-
-def arguments(experiment, device: torch.device, micro_batch_size: int, steps: int) -> TrainingArguments:
+def arguments(experiment, device: torch.device, plan: dict) -> TrainingArguments:
     """The experiment as transformers' TrainingArguments. An optimiser that needs CUDA becomes plain AdamW on a CPU (the manifest says which ran)."""
     t = experiment.training
     dtype = modeling.compute_dtype(experiment, device)
@@ -194,8 +124,8 @@ def arguments(experiment, device: torch.device, micro_batch_size: int, steps: in
         output_dir=str(experiment.run_dir / "checkpoints"),
         num_train_epochs=t.epochs,
         max_steps=t.max_steps or -1,
-        per_device_train_batch_size=micro_batch_size,
-        gradient_accumulation_steps=t.batch_size // micro_batch_size,
+        per_device_train_batch_size=1,  # only its product with the next line is used, and that not for batching
+        gradient_accumulation_steps=plan["forward passes a step"],
         learning_rate=t.learning_rate,
         lr_scheduler_type=t.schedule,
         warmup_steps=t.warmup_steps,
@@ -210,7 +140,7 @@ def arguments(experiment, device: torch.device, micro_batch_size: int, steps: in
         load_best_model_at_end=t.keep_best,
         metric_for_best_model="eval_loss",
         greater_is_better=False,
-        logging_steps=max(1, steps // 50),
+        logging_steps=max(1, plan["optimizer steps"] // 50),
         logging_nan_inf_filter=False,
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
@@ -218,6 +148,7 @@ def arguments(experiment, device: torch.device, micro_batch_size: int, steps: in
         seed=experiment.seed,
         report_to="none",
         remove_unused_columns=False,
+        accelerator_config={"non_blocking": True},  # batches reach the GPU without stopping it
     )
 
 
@@ -238,41 +169,57 @@ def train(experiment, model, tokenizer, train_rows, validation_rows, samples=(),
         set_peft_model_state_dict(model, load_file(run / "adapter" / "adapter_model.safetensors"))
         return experiments.read_json(run / "manifest.json", "02_train_qlora")
     log_path = run / "train_log.jsonl"
-    micro = t.micro_batch_size or t.batch_size
-    steps = total_steps(experiment, len(train_rows))
-    args = arguments(experiment, device, micro, steps)
-    checkpoint = get_last_checkpoint(args.output_dir) if (run / "checkpoints").is_dir() else None
-    if checkpoint is None:
-        log_path.unlink(missing_ok=True)
+    plan = plan or planner.plan(experiment, train_rows)
+    if plan["weights"].endswith("once"):
+        modeling.dequantize(model)
 
     def answer_samples(step):
-        for row, answer in zip(
-            samples, generation.generate(model, tokenizer, samples, experiment, progress=False), strict=True
-        ):
-            append(
-                log_path,
-                {"step": step, "id": row.id, "reference": row.answer_text, "sample": answer["prediction"]},
-            )
+        answers = generation.generate(model, tokenizer, samples, experiment, progress=False)
+        for row, answer in zip(samples, answers, strict=True):
+            entry = {"step": step, "id": row.id, "reference": row.answer_text, "sample": answer["prediction"]}
+            append(log_path, entry)
             print(
                 f"step {step}, row {row.id}\n  reference: {row.answer_text}\n  generated: {answer['prediction']}",
                 flush=True,
             )
 
-    trainer = SummaryTrainer(
-        model=model,
-        args=args,
-        train_dataset=train_rows,
-        eval_dataset=validation_rows,
-        sampler=StepSampler([len(row.input_ids) for row in train_rows], t.batch_size, micro, experiment.seed),
-        pad_id=tokenizer.pad_token_id,
-        log_path=log_path,
-        answer_samples=answer_samples,
-        callbacks=[EarlyStoppingCallback(t.early_stopping_patience)] if t.early_stopping_patience else None,
-    )
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    lengths = [len(row.input_ids) for row in train_rows]
+    untrained = {name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad}
+    retries, start = [], time.perf_counter()
+    while True:
+        args = arguments(experiment, device, plan)
+        packed, passes = plan["batches"] == "packed", plan["forward passes a step"]
+        checkpoint = get_last_checkpoint(args.output_dir) if (run / "checkpoints").is_dir() else None
+        if checkpoint is None:
+            log_path.unlink(missing_ok=True)
+            model.load_state_dict(untrained, strict=False)
+        trainer = SummaryTrainer(
+            model=model,
+            args=args,
+            train_dataset=train_rows,
+            eval_dataset=validation_rows,
+            sampler=batching.StepSampler(lengths, t.batch_size, passes, experiment.seed, packed),
+            pad_id=tokenizer.pad_token_id,
+            log_path=log_path,
+            answer_samples=answer_samples,
+            callbacks=[EarlyStoppingCallback(t.early_stopping_patience)] if t.early_stopping_patience else None,
+        )
+        if out_of_memory(trainer, model, plan, checkpoint):
+            retries.append(plan)
+            plan = planner.smaller(experiment, train_rows, plan)
+            if plan is None:
+                raise TrainingError(
+                    f"The GPU's memory does not hold one training step of {experiment.base_model}, one row at a time with checkpointing. "
+                    "Lower prompt.max_tokens or lora.rank, or free the GPU."
+                )
+            print(
+                f"Out of GPU memory: going on with {plan['tokens a forward pass']} tokens a forward pass, {plan['forward passes a step']} passes "
+                f"a step, checkpointing {'on' if plan['checkpointing'] else 'off'}. A step still holds {t.batch_size} rows."
+            )
+            del trainer
+            modeling.free_cuda()
+        else:
+            break
     seconds = time.perf_counter() - start
     save_adapter(experiment, model, tokenizer)
     manifest = {
@@ -296,12 +243,31 @@ def train(experiment, model, tokenizer, train_rows, validation_rows, samples=(),
             if file.suffix in (".safetensors", ".json")
         },
         "plan": plan,
+        "plans_out_of_memory": retries,
         "inputs": inputs or {},
     }
     experiments.write_json(run / "manifest.json", manifest)
     if not t.keep_checkpoints:
         shutil.rmtree(run / "checkpoints", ignore_errors=True)
     return manifest
+
+
+def out_of_memory(trainer, model, plan: dict, checkpoint) -> bool:
+    """Train under the plan; True when the GPU's memory did not hold it."""
+    if plan["checkpointing"]:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(model.device)
+    try:
+        with kernels.fused(model, plan["fused"]):
+            trainer.train(resume_from_checkpoint=checkpoint)
+    except torch.OutOfMemoryError:
+        return True
+    finally:
+        if plan["checkpointing"]:
+            model.gradient_checkpointing_disable()
+    return False
 
 
 def begin_run(experiment, inputs: dict | None):

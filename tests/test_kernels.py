@@ -3,28 +3,44 @@
 import pytest
 import torch
 
-from src import experiments, kernels, modeling, packing, prompts, training
+from src import batching, experiments, kernels, modeling, prompts, training
 
 
 def test_bins_are_balanced_and_hold_every_row_once():
     # 9 | 7 | 5+1 -> longest first to the emptiest: 9, 7, 5, then 4 to the bin of 5, 3 to that of 7, 1 to that of 9 or 9+1
-    found = packing.bins([5, 9, 1, 7, 3, 4], 3)
+    found = batching.bins([5, 9, 1, 7, 3, 4], 3)
     assert sorted(i for b in found for i in b) == [0, 1, 2, 3, 4, 5]
     assert sorted(sum([5, 9, 1, 7, 3, 4][i] for i in b) for b in found) == [9, 10, 10]
 
 
-def test_passes_needed_keeps_the_budget_unless_one_row_is_longer():
-    assert packing.passes_needed([[0, 1, 2, 3]], [10, 10, 10, 10], 40) == 1
-    assert packing.passes_needed([[0, 1, 2, 3]], [10, 10, 10, 10], 20) == 2
-    assert packing.passes_needed([[0, 1]], [50, 10], 20) == 2  # the row of 50 passes alone
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("batch_size", "passes"), [(4, 1), (4, 2), (4, 4), (6, 3)])
+def test_a_step_holds_exactly_its_rows(packed, batch_size, passes):
+    lengths = [(7 * i) % 23 + 1 for i in range(22)]  # 22 rows: the last step of an epoch is short
+    sampler = batching.StepSampler(lengths, batch_size, passes, seed=1, packed=packed)
+    batches = list(sampler)
+    assert len(batches) == len(sampler) and sorted(i for b in batches for i in b) == list(range(22))
+    whole = 22 // batch_size
+    for step in range(whole):
+        assert sum(len(b) for b in batches[step * passes : (step + 1) * passes]) == batch_size
+    sampler.set_epoch(1)
+    assert list(sampler) != batches
+    sampler.set_epoch(0)
+    assert list(sampler) == batches
+
+
+def test_padded_batches_hold_rows_of_like_length():
+    lengths = [(37 * i) % 101 + 1 for i in range(256)]
+    padded = [[lengths[i] for i in b] for b in batching.StepSampler(lengths, 8, 1, 0, packed=False)]
+    waste = sum(max(b) * len(b) for b in padded) / sum(lengths) - 1
+    assert waste < 0.1  # unsorted, a batch of 8 would be padded to about twice its tokens
 
 
 @pytest.fixture
 def setup(tiny_model, records):
     e = experiments.load_experiment("demo", **{"base_model": str(tiny_model), "device": "cpu"})
     tokenizer = modeling.load_tokenizer(e)
-    kernels.register()
-    model = modeling.add_adapter(modeling.load_base(e, tokenizer, attention=kernels.NAME), e)
+    model = modeling.add_adapter(modeling.load_base(e, tokenizer), e)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -45,8 +61,8 @@ def gradients(model, batches):
 
 def test_packed_rows_equal_rows_alone(setup):
     _, tokenizer, model, rows = setup
-    alone, expected = gradients(model, [training.collate([row], tokenizer.pad_token_id) for row in rows])
-    packed, found = gradients(model, [packing.flatten(rows)])
+    alone, expected = gradients(model, [batching.pad([row], tokenizer.pad_token_id) for row in rows])
+    packed, found = gradients(model, [batching.pack(rows)])
     assert packed[0][1] == sum(n for _, n in alone)
     assert packed[0][0] == pytest.approx(sum(loss for loss, _ in alone), rel=1e-5)
     for name, gradient in expected.items():
@@ -57,22 +73,29 @@ def test_a_packed_row_does_not_see_its_neighbour(setup):
     _, _, model, rows = setup
 
     def loss_of_last(first):
-        batch = packing.flatten([first, rows[2]])
-        batch["labels"][0, : len(first.input_ids)] = prompts.IGNORE
-        return training.summed_loss(model, batch)[0].item()
+        both, own = (training.summed_loss(model, batching.pack(part))[0].item() for part in ([first, rows[2]], [first]))
+        return both - own
 
-    assert loss_of_last(rows[0]) == pytest.approx(loss_of_last(rows[1]), rel=1e-6)
+    assert loss_of_last(rows[0]) == pytest.approx(loss_of_last(rows[1]), rel=1e-4)
+
+
+def test_the_block_mask_is_causal_within_rows_and_keeps_to_the_window():
+    starts = torch.tensor([0, 2, 5])  # rows of two and three tokens
+    rows = ["10000", "11000", "00100", "00110", "00111"]
+    assert ["".join(map(str, line)) for line in kernels.block_mask(starts, 5)[0, 0].int().tolist()] == rows
+    window = ["10000", "11000", "00100", "00110", "00011"]  # two tokens back, itself included
+    assert ["".join(map(str, line)) for line in kernels.block_mask(starts, 5, 2)[0, 0].int().tolist()] == window
 
 
 @pytest.mark.parametrize("dequantized", [False, True])
-def test_fused_lora_equals_peft(setup, dequantized):
+def test_fused_layers_equal_the_plain_ones(setup, dequantized):
     _, tokenizer, model, rows = setup
     if dequantized:
         modeling.dequantize(model)
-    batch = training.collate(rows, tokenizer.pad_token_id)
+    batch = batching.pad(rows, tokenizer.pad_token_id)
     plain, expected = gradients(model, [batch])
-    with kernels.fused_lora(model) as count:
-        assert count == 2 * 5  # q, k, v, o and the MLP of two layers
+    with kernels.fused(model) as count:
+        assert count == 2 * 5 + 5  # q, k, v, o and the MLP of two layers, five norms
         fused, found = gradients(model, [batch])
     assert fused[0][0] == pytest.approx(plain[0][0], rel=1e-5) and len(found) == 28
     for name, gradient in expected.items():
@@ -84,5 +107,5 @@ def test_fused_lora_equals_peft(setup, dequantized):
 def test_dropout_keeps_pefts_own_forward(tiny_model):
     e = experiments.load_experiment("demo", **{"base_model": str(tiny_model), "lora.dropout": 0.1})
     model = modeling.add_adapter(modeling.load_base(e, modeling.load_tokenizer(e)), e)
-    with kernels.fused_lora(model) as count:
-        assert count == 0
+    with kernels.fused(model) as count:
+        assert count == 5  # the norms

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from src import experiments, modeling, prompts, training
+from src import batching, experiments, modeling, prompts, training
 
 
 @pytest.fixture
@@ -44,9 +44,78 @@ def test_summed_loss_equals_a_plain_forward_row_by_row(setup):
         logits = model(input_ids=torch.tensor([row.input_ids])).logits[0].log_softmax(-1)
         start = len(row.prompt_ids)
         total -= sum(logits[start + i - 1, token].item() for i, token in enumerate(row.answer_ids))
-    loss, count = training.summed_loss(model, training.collate(rows[:3], tokenizer.pad_token_id))
+    loss, count = training.summed_loss(model, batching.pad(rows[:3], tokenizer.pad_token_id))
     assert count == sum(len(row.answer_ids) for row in rows[:3])
     assert loss.item() == pytest.approx(total, rel=1e-5)
+
+
+def test_after_out_of_memory_the_run_goes_on_with_half_the_budget_and_the_same_steps(setup, monkeypatch, capsys):
+    experiment, tokenizer, rows = setup
+    experiment = dataclasses.replace(
+        experiment, training=dataclasses.replace(experiment.training, micro_batch_size=None, max_steps=4)
+    )
+    whole = fresh(experiment, tokenizer)
+    training.train(experiment, whole, tokenizer, rows, rows[:2])
+    experiment.run_dir.rename(experiment.run_dir.with_name("whole"))
+    real, calls = training.SummaryTrainer.compute_loss, {"n": 0}
+
+    def too_large(self, model, inputs, **kwargs):
+        calls["n"] += 1
+        if calls["n"] > 1 and len(inputs["input_ids"]) > 1:  # the first step passes, the second does not
+            raise torch.OutOfMemoryError("no memory")
+        return real(self, model, inputs, **kwargs)
+
+    monkeypatch.setattr(training.SummaryTrainer, "compute_loss", too_large)
+    model = fresh(experiment, tokenizer)
+    manifest = training.train(experiment, model, tokenizer, rows, rows[:2])
+    assert [p["forward passes a step"] for p in manifest["plans_out_of_memory"]] == [1, 2]
+    assert manifest["plan"]["forward passes a step"] == 4 and manifest["optimizer_steps"] == 4
+    assert "Out of GPU memory: going on with" in capsys.readouterr().out
+    for name, value in weights(whole).items():
+        torch.testing.assert_close(weights(model)[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_out_of_memory_with_nothing_left_to_shrink_is_an_error(setup, monkeypatch):
+    experiment, tokenizer, rows = setup
+
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(training.SummaryTrainer, "compute_loss", fail)
+    with pytest.raises(training.TrainingError, match="does not hold one training step.*Lower prompt.max_tokens"):
+        training.train(experiment, fresh(experiment, tokenizer), tokenizer, rows, rows[:2])
+
+
+@pytest.mark.parametrize("packing", ["on", "off"])
+def test_packed_training_ends_like_padded_training_of_the_same_rows(setup, packing):
+    """One step over all rows: packed in three passes or padded in one, the adapter moves alike."""
+    experiment, tokenizer, rows = setup
+    trained = []
+    for mode, budget in ((packing, None), ("on", 100)):
+        t = dataclasses.replace(
+            experiment.training, micro_batch_size=None, batch_size=12, epochs=1, packing=mode, token_budget=budget
+        )
+        e = dataclasses.replace(experiment, training=t)
+        model = fresh(e, tokenizer)
+        manifest = training.train(e, model, tokenizer, rows, rows[:2])
+        trained.append((manifest["plan"]["forward passes a step"], weights(model)))
+    assert trained[0][0] == 1 and trained[1][0] > 3
+    for name, value in trained[0][1].items():
+        torch.testing.assert_close(trained[1][1][name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_checkpointing_changes_no_weight(setup):
+    experiment, tokenizer, rows = setup
+    trained = []
+    for mode in ("on", "off"):
+        e = dataclasses.replace(
+            experiment, training=dataclasses.replace(experiment.training, checkpointing=mode, max_steps=2)
+        )
+        model = fresh(e, tokenizer)
+        training.train(e, model, tokenizer, rows, rows[:2])
+        trained.append(weights(model))
+    for name, value in trained[0].items():
+        torch.testing.assert_close(trained[1][name], value, rtol=1e-4, atol=1e-6)
 
 
 def test_accumulation_does_not_change_the_adapter(setup):
@@ -144,7 +213,7 @@ def test_an_interrupted_run_goes_on_and_ends_like_an_uninterrupted_one(setup, mo
 def test_the_best_adapter_is_kept_and_early_stopping_stops(setup):
     experiment, tokenizer, rows = setup
     changed = dataclasses.replace(
-        experiment.training, epochs=6, learning_rate=0.02, schedule="constant", early_stopping_patience=1
+        experiment.training, epochs=20, learning_rate=0.02, schedule="constant", early_stopping_patience=1
     )
     experiment = dataclasses.replace(experiment, training=changed)
     # answers of tokens that training never rewards: the better the training rows are learnt, the worse these become
@@ -156,8 +225,8 @@ def test_the_best_adapter_is_kept_and_early_stopping_stops(setup):
     ]
     evaluations = {r["step"]: r["eval_loss"] for r in log if "eval_loss" in r}
     assert manifest["best_step"] == min(evaluations, key=evaluations.get)
-    assert manifest["best_step"] < manifest["optimizer_steps"] < 18  # stopped one evaluation after the best, of six
-    again = training.validation_loss(model, [training.collate(other, tokenizer.pad_token_id)])
+    assert manifest["best_step"] < manifest["optimizer_steps"] < 60  # stopped one evaluation after the best, of twenty
+    again = training.validation_loss(model, [batching.pad(other, tokenizer.pad_token_id)])
     assert again == pytest.approx(min(evaluations.values()), rel=1e-4)
 
 

@@ -1,0 +1,70 @@
+"""The planner: bytes add up from shapes, batches keep the recipe, a plan fits or says why not."""
+
+import pytest
+
+from src import batching, experiments, modeling, planner, prompts
+
+
+@pytest.fixture
+def setup(tiny_model, records):
+    e = experiments.load_experiment("demo", **{"base_model": str(tiny_model), "device": "cpu", "lora.rank": 4})
+    return e, prompts.build_all(records, modeling.load_tokenizer(e), e.prompt)
+
+
+def test_shapes_are_those_of_the_loaded_model(setup):
+    e, _ = setup
+    s = planner.shapes(e)
+    # a layer: q 64x64, k and v 64x32, o 64x64, gate, up and down 64x128
+    assert s["linear"] == 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
+    assert s["other"] == 2 * 512 * 64 + 5 * 64  # embeddings, head, norms
+    assert s["adapter"] == 2 * 4 * (2 * 128 + 2 * 96 + 3 * 192) and s["kv"] == 32 and s["largest"] == 64 * 128
+    model = modeling.add_adapter(modeling.load_base(e, modeling.load_tokenizer(e)), e)
+    counted = modeling.count_parameters(model)
+    assert counted == {"trainable": s["adapter"], "total": s["adapter"] + s["linear"] + s["other"]}
+
+
+def test_memory_of_mistral_7b_by_hand():
+    e = experiments.load_experiment("samsum_best")
+    s = {
+        "layers": 32, "hidden": 4096, "intermediate": 14336, "kv": 1024, "vocabulary": 32000,
+        "linear": 6_979_321_856, "largest": 4096 * 14336, "other": 262_410_240, "adapter": 83_886_080,
+    }  # fmt: skip
+    plain = planner.memory(e, s, 1000, 100, checkpointing=False, dequantized=False, fused=True)
+    assert plain["weights"] == pytest.approx(6_979_321_856 * (0.5 + 1 / 64 + 1 / 4096) + 2 * 262_410_240, rel=1e-6)
+    assert plain["adapter"] == 18 * 83_886_080 and plain["logits"] == 100 * 32000 * 14
+    once = planner.memory(e, s, 1000, 100, checkpointing=False, dequantized=True, fused=True)
+    assert once["weights"] == 2 * (6_979_321_856 + 262_410_240) and once["dequantised layer"] == 0
+    less = planner.memory(e, s, 1000, 100, checkpointing=True, dequantized=False, fused=True)
+    assert less["activations"] < plain["activations"] / 5
+    twice = planner.memory(e, s, 2000, 100, checkpointing=False, dequantized=False, fused=True)
+    assert twice["activations"] == 2 * plain["activations"]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_batches_keep_the_budget_and_the_rows_of_a_step(setup, packed):
+    e, _ = setup
+    lengths = [20 + (13 * i) % 90 for i in range(64)]  # at most 109
+    for budget in (120, 300, 10**6):
+        passes, size = planner._batches(e, lengths, packed, budget)
+        assert size <= budget and (packed or e.training.batch_size % passes == 0)
+        sampler = batching.StepSampler(lengths, e.training.batch_size, passes, e.seed, packed)
+        own = [[lengths[i] for i in batch] for batch in sampler]
+        assert size == max(sum(b) if packed else max(b) * len(b) for b in own)
+    assert planner._batches(e, lengths, packed, 1)[0] == e.training.batch_size  # every row passes alone
+
+
+def test_smaller_halves_the_budget_then_checkpoints_then_gives_up(setup):
+    e, rows = setup
+    rows = rows * 8
+    plan = planner.plan(e, rows)
+    seen = []
+    while plan := planner.smaller(e, rows, plan):
+        seen.append((plan["forward passes a step"], plan["checkpointing"]))
+    assert [p for p, _ in seen] == sorted(p for p, _ in seen) and seen[-1] == (8, True) and not seen[0][1]
+
+
+def test_the_plan_counts_what_will_be_trained(setup):
+    e, rows = setup
+    plan = planner.plan(e, rows * 9)  # 27 rows, steps of 8, one epoch: 4 steps
+    assert plan["optimizer steps"] == 4 and plan["rows an optimizer step"] == 8 and plan["batches"] == "padded"
+    assert plan["predicted minutes"] is not None and plan["predicted GiB"] is None  # GPU memory is what is planned
