@@ -86,10 +86,14 @@ class SummaryTrainer(Trainer):
 
 
 class Log(TrainerCallback):
-    """Appends to train_log.jsonl: step, epoch, loss, eval_loss, learning_rate, grad_norm, tokens_per_second, peak_gib."""
+    """Appends to train_log.jsonl: step, epoch, loss, eval_loss, learning_rate, grad_norm, tokens, seconds, tokens_per_second, peak_gib.
+
+    `tokens`: real prompt and answer tokens since the start, no padding. `seconds`: time in optimizer steps since the start,
+    evaluations left out.
+    """
 
     def __init__(self, path, trainer):
-        self.path, self.trainer, self.clock, self.tokens = path, trainer, None, 0
+        self.path, self.trainer, self.clock, self.tokens, self.seconds = path, trainer, None, 0, 0.0
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.clock = self.clock or time.perf_counter()
@@ -98,12 +102,13 @@ class Log(TrainerCallback):
         row = {key: logs[key] for key in ("loss", "eval_loss", "learning_rate", "grad_norm") if key in logs}
         if not row:
             return
-        if "loss" in row:  # tokens are real prompt and answer tokens, no padding; the clock leaves evaluations out
-            tokens, now = self.trainer.seen_tokens, time.perf_counter()
-            row["tokens_per_second"] = round((tokens - self.tokens) / (now - self.clock))
-            self.tokens, self.clock = tokens, now
-        else:
-            self.tokens, self.clock = self.trainer.seen_tokens, None
+        tokens, now = self.trainer.seen_tokens, time.perf_counter()
+        if "loss" in row:
+            spent = now - self.clock
+            row |= {"tokens": tokens, "seconds": round(self.seconds + spent, 3)}
+            row["tokens_per_second"] = round((tokens - self.tokens) / spent)
+            self.seconds += spent
+        self.tokens, self.clock = tokens, now if "loss" in row else None
         if args.device.type == "cuda":
             row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
         append(self.path, {"step": state.global_step, "epoch": round(state.epoch or 0, 4), **row})
@@ -255,8 +260,7 @@ def train(experiment, model, tokenizer, train_rows, validation_rows, samples=(),
 def out_of_memory(trainer, model, plan: dict, checkpoint) -> bool:
     """Train under the plan; True when the GPU's memory did not hold it."""
     if plan["checkpointing"]:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
+        model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
     try:
@@ -266,7 +270,7 @@ def out_of_memory(trainer, model, plan: dict, checkpoint) -> bool:
         return True
     finally:
         if plan["checkpointing"]:
-            model.gradient_checkpointing_disable()
+            model.get_base_model().activation_checkpointing_disable()
     return False
 
 
@@ -303,6 +307,13 @@ def save_adapter(experiment, model, tokenizer):
     temporary.rename(folder)
 
 
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # training needs no scorer
+        return None
+
+
 def environment(device: torch.device) -> dict:
     """What the run ran on: library versions, machine, git commit (None outside a checkout)."""
     packages = (
@@ -320,7 +331,7 @@ def environment(device: torch.device) -> dict:
     return {
         "versions": {
             "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in packages},
+            **{name: version(name) for name in packages},
         },
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"

@@ -1,0 +1,207 @@
+"""Speed and memory of training and generation on a CUDA GPU, with Mistral-7B's architecture and random weights.
+
+Speed and memory do not depend on the values of weights or tokens, so nothing is downloaded: rows have SAMSum's real lengths
+(benchmarks/samsum_lengths.json) and random tokens, and go through the same src functions as a run.
+
+    python benchmarks/speed.py make-model FOLDER      once: 7.24 B random parameters, 14.5 GB on disk
+    python benchmarks/speed.py FOLDER SETUP [...]     each setup in a process of its own; one JSON line each
+    python benchmarks/speed.py table                  the README's table from results/*.json
+    python benchmarks/speed.py lengths TOKENIZER      how samsum_lengths.json was made (needs data/raw/samsum)
+"""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+HERE = Path(__file__).resolve().parent
+RECIPE = {"training.optimizer": "adamw_torch_fused", "quantization.double": True, "lora.rank": 32, "lora.dropout": 0.0}
+TRAIN = {  # setup: overrides of samsum_best; rows a step, steps, and what limits memory
+    "ours": {"training.batch_size": 56, "training.max_steps": 25},
+    "ours_64gib": {"training.batch_size": 56, "training.max_steps": 25, "training.memory_gib": 64.0},
+    "ours_checkpointed": {"training.batch_size": 56, "training.max_steps": 15, "training.memory_gib": 10.0, "training.checkpointing": "on"},
+    "ours_batch_16": {"training.batch_size": 16, "training.max_steps": 60},
+    "ours_batch_3": {"training.batch_size": 3, "training.max_steps": 120},
+    "ours_dropout": {"training.batch_size": 56, "training.max_steps": 15, "lora.dropout": 0.1},
+    "ours_plain_layers": {"training.batch_size": 56, "training.max_steps": 15, "training.kernels": "off"},
+    "ours_padded": {"training.batch_size": 56, "training.max_steps": 15, "training.packing": "off"},
+    "ours_fp16": {"training.batch_size": 56, "training.max_steps": 15, "quantization.compute_dtype": "float16"},
+} | {
+    f"capped_{gib}": {"training.batch_size": 16, "training.max_steps": 12, "training.memory_gib": float(gib)} for gib in (15, 22, 38, 78)
+}  # fmt: skip
+
+
+def make_model(folder: str):
+    """Mistral-7B-Instruct-v0.2's shapes with random bfloat16 weights, and a tokenizer with enough tokens to stand in for its own."""
+    import torch
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, max_position_embeddings=32768, sliding_window=None, rms_norm_eps=1e-5,
+    )  # fmt: skip
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        MistralForCausalLM(config).save_pretrained(folder, max_shard_size="5GB")
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        if (HERE.parent / "data/demo/base" / name).exists():
+            shutil.copy(HERE.parent / "data/demo/base" / name, folder)
+
+
+def lengths(tokenizer: str):
+    """Token counts of prompt and answer: 1,024 random training rows, the recipe's first 7,366, and the test rows."""
+    from src import data, experiments, prompts
+    from tests.conftest import sentencepiece_tokenizer
+
+    chat = {"prompt.instruction": "[INST] Summarize the following dialogue.\n", "prompt.cue": "[/INST]"}
+    e = experiments.load_experiment("samsum", **{"prompt.style": "plain", **chat})
+    data.prepare(e)
+    tok, sizes = sentencepiece_tokenizer(tokenizer, "first"), {}
+    for split in ("train", "test"):
+        encoded = prompts.build_all(data.load_split(e, split), tok, e.prompt)
+        sizes[split] = {r.id: [len(r.prompt_ids), len(r.answer_ids)] for r in encoded}
+    shuffled = [row["id"] for row in data.read_rows(data.source_files(e)["train"])]
+    random.Random(0).shuffle(shuffled)
+    train = list(sizes["train"].values())
+    found = {
+        "sample": [sizes["train"][i] for i in shuffled[:1024]],
+        "train": train[:7366],
+        "test": list(sizes["test"].values()),
+    }
+    (HERE / "samsum_lengths.json").write_text(json.dumps(found, separators=(",", ":")) + "\n", encoding="utf-8")
+
+
+def rows(part: str):
+    """prompts.Encoded rows of random tokens with the real lengths."""
+    from src import prompts
+
+    draw = random.Random(0)
+    sizes = json.loads((HERE / "samsum_lengths.json").read_text(encoding="utf-8"))[part]
+    return [
+        prompts.Encoded(str(n), [1] + [draw.randrange(3, 4000) for _ in range(p - 1)], [draw.randrange(3, 4000) for _ in range(a - 1)] + [2], "", "", 0)
+        for n, (p, a) in enumerate(sizes)
+    ]  # fmt: skip
+
+
+def load(folder: str, overrides: dict):
+    from src import experiments, modeling
+
+    e = experiments.load_experiment(
+        "samsum_best",
+        **{"base_model": folder, "prompt.style": "plain", "training.sample_rows": 0, **RECIPE, **overrides},
+    )
+    return e, modeling.load_tokenizer(e)
+
+
+def train(folder: str, setup: str, part: str = "sample", overrides=None, warmup: int | None = None) -> dict:
+    """One training setup through src.training.train; tokens/s are real tokens after the warm-up steps, memory the allocator's peak."""
+    import torch
+
+    from src import experiments, modeling, planner, training
+
+    experiments.ROOT = Path(tempfile.mkdtemp())
+    e, tokenizer = load(folder, TRAIN[setup] if overrides is None else overrides)
+    device = modeling.resolve_device("auto")
+    if e.training.memory_gib:
+        total = torch.cuda.mem_get_info(device)[1]
+        torch.cuda.set_per_process_memory_fraction(min(1.0, e.training.memory_gib * 2**30 / total), device)
+    encoded = rows(part)
+    rate = planner.matmul_rate(device, modeling.compute_dtype(e, device))
+    plan = planner.plan(e, encoded)
+    print(json.dumps(plan), file=sys.stderr)
+    start = time.perf_counter()
+    model = modeling.add_adapter(modeling.load_base(e, tokenizer), e)
+    loaded = time.perf_counter()
+    manifest = training.train(e, model, tokenizer, encoded, encoded[:4], plan=plan)
+    trained = time.perf_counter()
+    log = [json.loads(line) for line in (e.run_dir / "train_log.jsonl").read_text(encoding="utf-8").splitlines()]
+    log = [row for row in log if "loss" in row]
+    first = next(row for row in log if row["step"] >= (warmup or max(5, len(log) // 4)))
+    tokens, seconds = log[-1]["tokens"] - first["tokens"], log[-1]["seconds"] - first["seconds"]
+    mean = sum(len(row.input_ids) for row in encoded) / len(encoded)
+    shutil.rmtree(experiments.ROOT)
+    return {
+        "setup": setup,
+        "ours": True,
+        "tok_s": round(tokens / seconds),
+        "samples_s": round(tokens / seconds / mean, 1),
+        "peak_gib": manifest["peak_gib"],
+        "matmul_share": round(tokens / seconds * (6 if manifest["plan"]["checkpointing"] else 4) * 6.98e9 / rate, 3),
+        "matmul_tflops": round(rate / 1e12),
+        "capped_gib": e.training.memory_gib,
+        "predicted_gib": plan["predicted GiB"],
+        "predicted_minutes": plan["predicted minutes"],
+        "minutes": round((trained - loaded) / 60, 2),
+        "load_seconds": round(loaded - start, 1),
+        "first_steps_seconds": round(first["seconds"], 1),
+        "losses": [row["loss"] for row in log[:: max(1, len(log) // 4)]],
+        "retries": len(manifest["plans_out_of_memory"]),
+        "plan": manifest["plan"],
+        "gpu": torch.cuda.get_device_name(device),
+        "torch": torch.__version__,
+    }
+
+
+def generate(folder: str, setup: str) -> dict:
+    """New tokens a second: 64 for each of the first 512 test prompts, base (adapter off) and fine-tuned, after a warm-up batch."""
+    import torch
+
+    from src import generation, modeling
+
+    size = int(setup.rpartition("_")[2])
+    e, tokenizer = load(
+        folder, {"generation.max_new_tokens": 64, "generation.min_new_tokens": 64, "generation.batch_size": size}
+    )
+    model = modeling.add_adapter(modeling.load_base(e, tokenizer), e)
+    encoded = rows("test")[:512]
+    records = [{"id": r.id, "section": "", "dialogue": "", "summary": ""} for r in encoded]
+    generation.predict(model, tokenizer, records[:size], encoded[:size], e)
+    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    answers = generation.predict(model, tokenizer, records, encoded, e)
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    new = sum(a["tokens"] for system in answers.values() for a in system)
+    return {
+        "setup": setup,
+        "ours": True,
+        "new_tok_s": round(new / seconds),
+        "new_tokens": new,
+        "seconds": round(seconds, 1),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+    }
+
+
+def main(arguments: list[str]) -> int:
+    if arguments[:1] == ["make-model"]:
+        make_model(arguments[1])
+    elif arguments[:1] == ["lengths"]:
+        lengths(arguments[1])
+    elif len(arguments) == 2:
+        folder, setup = arguments
+        result = generate(folder, setup) if setup.startswith("generate") else train(folder, setup)
+        print(json.dumps(result), flush=True)
+    elif len(arguments) > 2:
+        for setup in arguments[1:]:
+            subprocess.run([sys.executable, __file__, arguments[0], setup], check=False, timeout=400)
+    else:
+        print(__doc__)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
