@@ -5,7 +5,7 @@ import sys
 import torch
 from tqdm import tqdm
 
-from src import modeling
+from src import kernels, modeling
 
 
 def generation_config(experiment, tokenizer):
@@ -40,22 +40,27 @@ def generate(model, tokenizer, rows, experiment, label: str = "", progress: bool
     was_training = model.training
     model.eval()
     config = generation_config(experiment, tokenizer)
-    size = experiment.generation.batch_size or (64 if model.device.type == "cpu" else 128)
+    size = experiment.generation.batch_size or batch_size(model, rows, experiment)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].prompt_ids))
-    results = [None] * len(rows)
-    for start in tqdm(
-        range(0, len(order), size),
-        desc=f"generate {label}".strip(),
-        unit="batch",
-        disable=not progress,
-        file=sys.stdout,
-    ):
+    results, start = [None] * len(rows), 0
+    bar = tqdm(total=len(rows), desc=f"generate {label}".strip(), unit="row", disable=not progress, file=sys.stdout)
+    while start < len(rows):
         chosen = order[start : start + size]
-        for i, new in zip(
-            chosen,
-            _decode(model, tokenizer, [rows[i].prompt_ids for i in chosen], config, experiment.seed + start),
-            strict=True,
-        ):
+        try:
+            decoded = _decode(model, tokenizer, [rows[i].prompt_ids for i in chosen], config, experiment.seed + start)
+        except torch.OutOfMemoryError:
+            decoded = None
+        if decoded is None:  # outside of `except`, which still holds the failed batch's tensors
+            if size == 1:
+                raise modeling.ModelError(
+                    f"The GPU's memory does not hold one prompt of {len(rows[chosen[0]].prompt_ids)} tokens and its answer. "
+                    "Lower prompt.max_tokens or generation.max_new_tokens, set generation.dequantize to 'off', or free the GPU."
+                )
+            size = max(1, size // 2)
+            print(f"Out of GPU memory: going on with {size} prompts a batch.")
+            modeling.free_cuda()
+            continue
+        for i, new in zip(chosen, decoded, strict=True):
             stopped = tokenizer.eos_token_id in new
             new = new[: new.index(tokenizer.eos_token_id) + 1] if stopped else new
             results[i] = {
@@ -66,8 +71,25 @@ def generate(model, tokenizer, rows, experiment, label: str = "", progress: bool
                 "prompt_tokens": len(rows[i].prompt_ids),
                 "cut_tokens": rows[i].cut_tokens,
             }
+        start += len(chosen)
+        bar.update(len(chosen))
+    bar.close()
     model.train(was_training)
     return results
+
+
+def batch_size(model, rows, experiment) -> int:
+    """Prompts decoded together: 64 on a CPU; on a GPU as many as half of its free memory holds with their caches, at most 256."""
+    if model.device.type != "cuda":
+        return 64
+    c, g = model.config, experiment.generation
+    heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
+    width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    tokens = max(len(row.prompt_ids) for row in rows) + g.max_new_tokens
+    cache = tokens * 2 * 2 * c.num_hidden_layers * heads * width  # 16-bit keys and values
+    row = g.num_beams * (2 * cache + 8 * c.vocab_size)  # the cache is copied when it grows
+    free = torch.cuda.mem_get_info(model.device)[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return int(min(256, max(1, free / 2 // row)))
 
 
 def _decode(model, tokenizer, prompts: list[list[int]], config, seed: int) -> list[list[int]]:
@@ -93,11 +115,13 @@ def predict(model, tokenizer, records, rows, experiment) -> dict[str, list[dict]
     `records` and `rows` are the evaluation rows and their `prompts.build_all`. Returns {"base": [...], "finetuned": [...]},
     each row with id, section, dialogue, reference and the fields of `generate`.
     """
-    if experiment.generation.dequantize != "off":
+    g, device = experiment.generation, model.device
+    if g.dequantize == "on" or (g.dequantize == "auto" and modeling.dequantized_fits(model)):
         modeling.dequantize(model)
     with model.disable_adapter():
         base = generate(model, tokenizer, rows, experiment, "base")
-    finetuned = generate(model, tokenizer, rows, experiment, "fine-tuned")
+    with kernels.fused(model, kernels.wanted(experiment, device)):
+        finetuned = generate(model, tokenizer, rows, experiment, "fine-tuned")
     shared = [
         {"id": r["id"], "section": r["section"], "dialogue": r["dialogue"], "reference": r["summary"]} for r in records
     ]

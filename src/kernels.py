@@ -14,7 +14,7 @@ rotary embedding and the gated activation become one kernel each through torch.c
 import importlib.util
 import inspect
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -32,26 +32,40 @@ def has_varlen(device: torch.device) -> bool:
 
 
 def varlen_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs):
-    """A transformers attention function: packed rows (1, heads, T, d) if cu_seq_lens_q is given, sdpa otherwise (generation)."""
+    """A transformers attention function. query (batch, heads, T, d); key and value may have fewer heads (grouped queries).
+
+    Packed rows (batch 1 with cu_seq_lens_q): variable-length flash attention, or sdpa with a block mask without CUDA. One new
+    token per row (decoding): grouped products that read the cache once. Anything else: transformers' sdpa.
+    """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     starts, longest = kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q")
+    if starts is None and query.shape[2] == 1 and query.shape[1] != key.shape[1]:
+        return _decode_attention(query, key, value, attention_mask, scaling), None
     if starts is None or not query.is_cuda:
         if starts is not None:
             attention_mask = block_mask(starts, query.shape[2], sliding_window)
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     from torch.nn.attention.varlen import varlen_attn
 
-    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    options = {}
-    if q.shape[1] != k.shape[1] and "enable_gqa" in inspect.signature(varlen_attn).parameters:
-        options["enable_gqa"] = True
-    elif q.shape[1] != k.shape[1]:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    q, k, v = (x.squeeze(0).transpose(0, 1).contiguous() for x in (query, key, value))
+    # torch 2.11 takes grouped heads as they are, later releases want to be told
+    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     window = (sliding_window - 1 if sliding_window else -1, 0)
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    out = varlen_attn(q, k, v, starts, starts, longest, longest, scale=scaling, window_size=window, **options)
+    out = varlen_attn(q, k, v, starts, starts, longest, longest, scale=scaling, window_size=window, **grouped)
     return out.unsqueeze(0), None
+
+
+def _decode_attention(query, key, value, mask, scaling) -> torch.Tensor:
+    """(batch, 1, heads, d): every query head against its group's keys, without repeating keys and values."""
+    batch, heads, _, d = query.shape
+    grouped = query.view(batch, key.shape[1], -1, d)
+    scores = grouped @ key.transpose(2, 3) * (scaling or d**-0.5)
+    if mask is not None:
+        mask = mask[..., : key.shape[2]]
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
+    weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
+    return (weights @ value).reshape(batch, 1, heads, d)
 
 
 def block_mask(starts: torch.Tensor, length: int, window: int | None = None) -> torch.Tensor:
@@ -80,8 +94,7 @@ class Layer:
     """One LoRA projection: y = x W^T + scale (x A^T) B^T, W frozen (4-bit or plain), A (r, in) and B (out, r) trained in float32."""
 
     def __init__(self, module):
-        base = module.get_base_layer()
-        self.base, self.scale = base, module.scaling["default"]
+        self.base, self.scale = module.get_base_layer(), module.scaling["default"]
         self.a, self.b = module.lora_A["default"].weight, module.lora_B["default"].weight
 
     def weight(self, dtype) -> torch.Tensor:
@@ -94,75 +107,97 @@ class Layer:
         return dequantize_4bit(self.base.weight.data, state).to(dtype)
 
 
-def project(x, layer: Layer, u, b) -> torch.Tensor:
-    """x W^T on top of u b^T. x: (T, in), u: (T, r) = x A^T, b: (out, r), already scaled."""
-    return (u @ b.t()).addmm_(x, layer.weight(x.dtype).t())
+class Group:
+    """LoRA projections of one input, with copies of their factors in the compute dtype that are renewed before every forward pass."""
+
+    def __init__(self, modules, dtype):
+        self.layers = [Layer(module) for module in modules]
+        self.scale, self.ranks = self.layers[0].scale, [layer.a.shape[0] for layer in self.layers]
+        self.factors = [factor for layer in self.layers for factor in (layer.a, layer.b)]
+        self.a = torch.cat([layer.a.detach() for layer in self.layers]).to(dtype)  # all A of the group under each other
+        self.bs = [layer.b.detach().to(dtype) for layer in self.layers]
+        self.copies = [c for pair in zip(self.a.split(self.ranks), self.bs, strict=True) for c in pair]
+
+    def low(self, x) -> torch.Tensor:
+        """(T, sum of ranks): scale x A^T of every projection."""
+        return (x @ self.a.t()).mul_(self.scale)
+
+    def project(self, x, u) -> list[torch.Tensor]:
+        """Every projection of x (T, in): the low-rank part first, x W^T added onto it."""
+        parts = zip(self.layers, self.bs, u.split(self.ranks, 1), strict=True)
+        return [(part @ b.t()).addmm_(x, layer.weight(x.dtype).t()) for layer, b, part in parts]
+
+    def backward(self, x, u, grads) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """dx and the gradients of `factors`, from those of the projections; the products with W are added onto one dx."""
+        du = torch.cat([g @ b for g, b in zip(grads, self.bs, strict=True)], 1).mul_(self.scale)
+        das = (du.t() @ x).float().split(self.ranks)
+        dbs = [(g.t() @ part).float() for g, part in zip(grads, u.split(self.ranks, 1), strict=True)]
+        dx = du @ self.a
+        for g, layer in zip(grads, self.layers, strict=True):
+            dx.addmm_(g, layer.weight(x.dtype))
+        return dx, [f for pair in zip(das, dbs, strict=True) for f in pair]
 
 
 class SharedInput(torch.autograd.Function):
-    """Several LoRA projections of one input (q, k, v). apply(x, layers, a1, b1, a2, b2, ...) -> one output a layer."""
+    """LoRA projections of one input (q, k and v; or o alone). apply(x, group, *group.factors) -> one output a projection."""
 
     @staticmethod
-    def forward(ctx, x, layers, *factors):
+    def forward(ctx, x, group, *factors):
         flat = x.reshape(-1, x.shape[-1])
-        a = torch.cat(factors[::2]).to(x.dtype)
-        u = flat @ a.t()
-        bs = [(b * layer.scale).to(x.dtype) for layer, b in zip(layers, factors[1::2], strict=True)]
-        us = u.split([b.shape[1] for b in bs], 1)
-        ctx.layers, ctx.shape = layers, x.shape
-        ctx.save_for_backward(flat, u, a, *bs)
-        return tuple(
-            project(flat, layer, part, b).view(*x.shape[:-1], -1) for layer, part, b in zip(layers, us, bs, strict=True)
-        )
+        u = group.low(flat)
+        ctx.group, ctx.shape = group, x.shape
+        ctx.save_for_backward(flat, u)
+        return tuple(y.view(*x.shape[:-1], -1) for y in group.project(flat, u))
 
     @staticmethod
     def backward(ctx, *grads):
-        flat, u, a, *bs = ctx.saved_tensors
-        dx, das, dbs = shared_backward(ctx.layers, flat, u, a, bs, [g.reshape(-1, g.shape[-1]) for g in grads])
-        return (dx.view(ctx.shape), None, *(g for pair in zip(das, dbs, strict=True) for g in pair))
-
-
-def shared_backward(layers, x, u, a, bs, grads):
-    """(dx, dA of each layer, dB of each layer) for projections of x; the products with W are added onto one dx."""
-    ranks = [b.shape[1] for b in bs]
-    du = torch.cat([g @ b for g, b in zip(grads, bs, strict=True)], 1)
-    das = (du.t() @ x).float().split(ranks)
-    dbs = [
-        (g.t() @ part).float() * layer.scale for g, part, layer in zip(grads, u.split(ranks, 1), layers, strict=True)
-    ]
-    dx = du @ a
-    for g, layer in zip(grads, layers, strict=True):
-        dx.addmm_(g, layer.weight(x.dtype))
-    return dx, das, dbs
+        flat, u = ctx.saved_tensors
+        dx, dfactors = ctx.group.backward(flat, u, [g.reshape(-1, g.shape[-1]) for g in grads])
+        return dx.view(ctx.shape), None, *dfactors
 
 
 class GatedMLP(torch.autograd.Function):
     """down(silu(gate(x)) * up(x)), all three with LoRA. Keeps x, gate and up; silu(gate) * up is computed again in backward."""
 
     @staticmethod
-    def forward(ctx, x, layers, ag, bg, au, bu, ad, bd):
+    def forward(ctx, x, inner, outer, *factors):
         flat = x.reshape(-1, x.shape[-1])
-        a, down_a = torch.cat([ag, au]).to(x.dtype), ad.to(x.dtype)
-        bs = [(b * layer.scale).to(x.dtype) for layer, b in zip(layers, (bg, bu, bd), strict=True)]
-        u = flat @ a.t()
-        ug, uu = u.split([bs[0].shape[1], bs[1].shape[1]], 1)
-        gate, up = project(flat, layers[0], ug, bs[0]), project(flat, layers[1], uu, bs[1])
+        u = inner.low(flat)
+        gate, up = inner.project(flat, u)
         h = gated(gate, up)
-        ud = h @ down_a.t()
-        ctx.layers, ctx.shape = layers, x.shape
-        ctx.save_for_backward(flat, gate, up, u, ud, a, down_a, *bs)
-        return project(h, layers[2], ud, bs[2]).view(x.shape)
+        v = outer.low(h)
+        ctx.inner, ctx.outer, ctx.shape = inner, outer, x.shape
+        ctx.save_for_backward(flat, gate, up, u, v)
+        if _recomputing:  # nothing that the backward pass reads depends on the output: spare the product
+            return torch.empty_like(x)
+        return outer.project(h, v)[0].view(x.shape)
 
     @staticmethod
     def backward(ctx, grad):
-        flat, gate, up, u, ud, a, down_a, bg, bu, bd = ctx.saved_tensors
-        grad = grad.reshape(-1, grad.shape[-1])
+        flat, gate, up, u, v = ctx.saved_tensors
         h = gated(gate, up)
-        dh, (da,), (db,) = shared_backward(ctx.layers[2:], h, ud, down_a, [bd], [grad])
+        dh, outer = ctx.outer.backward(h, v, [grad.reshape(-1, grad.shape[-1])])
         del h
-        dgate, dup = gated_backward(dh, gate, up)
-        dx, das, dbs = shared_backward(ctx.layers[:2], flat, u, a, [bg, bu], [dgate, dup])
-        return dx.view(ctx.shape), None, das[0], dbs[0], das[1], dbs[1], da, db
+        dx, inner = ctx.inner.backward(flat, u, gated_backward(dh, gate, up))
+        return dx.view(ctx.shape), None, None, *inner, *outer
+
+
+_recomputing = False
+
+
+@contextmanager
+def _recompute():
+    global _recomputing
+    _recomputing = True
+    try:
+        yield
+    finally:
+        _recomputing = False
+
+
+def checkpoint_contexts():
+    """`context_fn` of torch's checkpoint: lets the fused MLP know that it runs for its saved tensors only."""
+    return nullcontext(), _recompute()
 
 
 def _gated(gate, up):
@@ -217,7 +252,7 @@ def _rotary(q, k, cos, sin):
 
 
 def rotary(q, k, cos, sin, unsqueeze_dim=1):
-    return _on_cuda(_rotary, q, k, cos, sin)
+    return _on_cuda(_rotary, q, k, cos, sin) if torch.is_grad_enabled() else _rotary(q, k, cos, sin)
 
 
 def fusable(module) -> bool:
@@ -232,50 +267,53 @@ def fusable(module) -> bool:
     )
 
 
-def _attention(attention) -> bool:
+def _attention(attention, dtype) -> list[Group]:
     projections = [getattr(attention, name, None) for name in ("q_proj", "k_proj", "v_proj")]
     if not all(p is not None and fusable(p) for p in projections):
-        return False
-    layers, kept = [Layer(p) for p in projections], {}
+        return []
+    group, kept = Group(projections, dtype), {}
 
     def q(x):
-        out = SharedInput.apply(x, layers, *(f for layer in layers for f in (layer.a, layer.b)))
+        out = SharedInput.apply(x, group, *group.factors)
         kept["k"], kept["v"] = out[1:]
         return out[0]
 
     projections[0].forward = q
     projections[1].forward = lambda x: kept.pop("k")
     projections[2].forward = lambda x: kept.pop("v")
-    return True
+    return [group]
 
 
-def _single(module) -> bool:
+def _single(module, dtype) -> list[Group]:
     if not fusable(module):
-        return False
-    layer = Layer(module)
-    module.forward = lambda x: SharedInput.apply(x, [layer], layer.a, layer.b)[0]
-    return True
+        return []
+    group = Group([module], dtype)
+    module.forward = lambda x: SharedInput.apply(x, group, *group.factors)[0]
+    return [group]
 
 
-def _mlp(mlp) -> bool:
+def _mlp(mlp, dtype) -> list[Group]:
     projections = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-    is_silu = (
-        isinstance(getattr(mlp, "act_fn", None), nn.SiLU)
-        or type(getattr(mlp, "act_fn", None)).__name__ == "SiLUActivation"
-    )
+    activation = getattr(mlp, "act_fn", None)
+    is_silu = isinstance(activation, nn.SiLU) or type(activation).__name__ == "SiLUActivation"
     if not is_silu or not all(p is not None and fusable(p) for p in projections):
-        return False
-    layers = [Layer(p) for p in projections]
-    mlp.forward = lambda x: GatedMLP.apply(x, layers, *(f for layer in layers for f in (layer.a, layer.b)))
-    return True
+        return []
+    inner, outer = Group(projections[:2], dtype), Group(projections[2:], dtype)
+    mlp.forward = lambda x: GatedMLP.apply(x, inner, outer, *inner.factors, *outer.factors)
+    return [inner, outer]
 
 
 def _norm(norm) -> bool:
     if not type(norm).__name__.endswith("RMSNorm") or not hasattr(norm, "variance_epsilon"):
         return False
-    norm.forward = lambda x: _on_cuda(_rms_norm, x.reshape(-1, x.shape[-1]), norm.weight, norm.variance_epsilon).view(
-        x.shape
-    )
+    plain = norm.forward
+
+    def forward(x):
+        if not torch.is_grad_enabled():  # generation: other shapes at every batch are not worth compiling for
+            return plain(x)
+        return _on_cuda(_rms_norm, x.reshape(-1, x.shape[-1]), norm.weight, norm.variance_epsilon).view(x.shape)
+
+    norm.forward = forward
     return True
 
 
@@ -291,19 +329,33 @@ def fused(model, enabled: bool = True):
 
     Adapters they do not fit (dropout, bias, DoRA, other activations) keep their own forward.
     """
-    changed, rotated = [], {}
+    changed, groups, rotated = [], [], {}
+    dtype = model.get_input_embeddings().weight.dtype
     for module in model.modules() if enabled else ():
-        if hasattr(module, "q_proj") and _attention(module):
-            changed += [module.q_proj, module.k_proj, module.v_proj]
-            if _single(module.o_proj):
+        if hasattr(module, "q_proj"):
+            if found := _attention(module, dtype):
+                changed += [module.q_proj, module.k_proj, module.v_proj]
+            if single := _single(module.o_proj, dtype):
                 changed.append(module.o_proj)
+            groups += found + single
             source = sys.modules[type(module).__module__]
             if hasattr(source, "apply_rotary_pos_emb"):
                 rotated.setdefault(source, source.apply_rotary_pos_emb)
-        elif hasattr(module, "gate_proj") and _mlp(module):
-            changed.append(module)
+        elif hasattr(module, "gate_proj"):
+            if found := _mlp(module, dtype):
+                changed.append(module)
+            groups += found
         elif _norm(module):
             changed.append(module)
+    copies = [copy for group in groups for copy in group.copies]
+    factors = [factor for group in groups for factor in group.factors]
+
+    def renew(*_):
+        with torch.no_grad():
+            torch._foreach_copy_(copies, factors)
+
+    # on the decoder: training and generation both pass through it, whichever wrapper they enter by
+    hook = model.get_base_model().base_model.register_forward_pre_hook(renew) if groups else None
     for source in rotated:
         source.apply_rotary_pos_emb = rotary
     try:
@@ -313,3 +365,5 @@ def fused(model, enabled: bool = True):
             del module.forward
         for source, function in rotated.items():
             source.apply_rotary_pos_emb = function
+        if hook:
+            hook.remove()

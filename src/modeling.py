@@ -201,6 +201,16 @@ def dequantize(model):
     return model
 
 
+def dequantized_fits(model) -> bool:
+    """Whether the 16-bit weights of `dequantize` would take at most 60% of what the device has free (always on a CPU)."""
+    if model.device.type != "cuda":
+        return True
+    states = (getattr(p, "quant_state", None) for p in model.parameters())
+    need = sum(2 * state.shape.numel() for state in states if state is not None)
+    free = torch.cuda.mem_get_info(model.device)[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return need <= 0.6 * free
+
+
 def free_cuda():
     """Give memory that nothing holds any more back to the GPU."""
     gc.collect()

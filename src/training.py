@@ -260,7 +260,9 @@ def train(experiment, model, tokenizer, train_rows, validation_rows, samples=(),
 def out_of_memory(trainer, model, plan: dict, checkpoint) -> bool:
     """Train under the plan; True when the GPU's memory did not hold it."""
     if plan["checkpointing"]:
-        model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
+        model.get_base_model().activation_checkpointing_enable(
+            {"use_reentrant": False, "context_fn": kernels.checkpoint_contexts}
+        )
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
     try:
