@@ -91,18 +91,22 @@ def pack(rows) -> dict:
     Also the keyword arguments of variable-length attention: cu_seq_lens_q and _k (int32, n + 1 row starts), max_length_q and
     _k (tokens of the longest row). A label never crosses rows: the first token of each row is nobody's target.
     """
-    lengths = [len(row.input_ids) for row in rows]
-    ids = torch.tensor([i for row in rows for i in row.input_ids])
+    ids = [i for row in rows for i in row.input_ids]
     labels = torch.tensor([label for row in rows for label in [IGNORE, *row.labels[1:]]])
-    positions = torch.cat([torch.arange(n) for n in lengths])
+    return flat_rows(ids, [len(row.input_ids) for row in rows]) | _supervise(labels[None], rows)
+
+
+def flat_rows(ids: list[int], lengths: list[int]) -> dict:
+    """`pack` without labels: the model's inputs for rows of these lengths laid end to end in `ids`."""
     starts = F.pad(torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
-    attention = {
+    return {
+        "input_ids": torch.tensor(ids)[None],
+        "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
         "cu_seq_lens_q": starts,
         "cu_seq_lens_k": starts,
         "max_length_q": max(lengths),
         "max_length_k": max(lengths),
     }
-    return {"input_ids": ids[None], "position_ids": positions[None]} | attention | _supervise(labels[None], rows)
 
 
 def _supervise(labels: torch.Tensor, rows) -> dict:

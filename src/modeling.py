@@ -19,7 +19,7 @@ class ModelError(RuntimeError):
 def resolve_device(name: str) -> torch.device:
     """`auto`, `cpu`, `cuda` or `cuda:1` as a torch device. Raises ModelError when the GPU asked for is not there."""
     if name == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        name = "cuda:0" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -30,7 +30,10 @@ def resolve_device(name: str) -> torch.device:
             f"device is {name!r}, and this machine shows torch {count} CUDA device(s). Set device to 'auto' or 'cpu', or install a CUDA "
             f"build of torch (this one is {torch.__version__}) and check that nvidia-smi lists the GPU."
         )
-    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+    if device.type != "cuda":
+        return device
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # passes differ in size: less fragmentation
+    return torch.device("cuda", device.index or 0)
 
 
 def compute_dtype(experiment, device: torch.device) -> torch.dtype:
@@ -198,6 +201,8 @@ def dequantize(model):
         linear.weight = nn.Parameter(weight.to(module.compute_dtype or weight.dtype), requires_grad=False)
         linear.bias = module.bias
         setattr(model.get_submodule(parent), child, linear)
+    del layers, module
+    free_cuda()  # a 4-bit weight and its layer refer to each other: without this its memory would stay taken
     return model
 
 
@@ -207,8 +212,14 @@ def dequantized_fits(model) -> bool:
         return True
     states = (getattr(p, "quant_state", None) for p in model.parameters())
     need = sum(2 * state.shape.numel() for state in states if state is not None)
-    free = torch.cuda.mem_get_info(model.device)[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    return need <= 0.6 * free
+    return need <= 0.6 * free_bytes(model.device)
+
+
+def free_bytes(device: torch.device) -> float:
+    """What this process can still use of a GPU's memory, its own unused reserve included."""
+    free, total = torch.cuda.mem_get_info(device)
+    limit = total * torch.cuda.get_per_process_memory_fraction(device) - torch.cuda.memory_reserved(device)
+    return min(free, limit) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def free_cuda():

@@ -62,17 +62,19 @@ def memory(
     weights = s["linear"] * (2 if dequantized or q.bits == 16 else four_bit) + s["other"] * 2
     h, i, kv = s["hidden"], s["intermediate"], s["kv"]
     # 16-bit numbers a token keeps in a layer for the backward pass: inputs of norms and projections, q, k, v, attention, gate, up
-    kept = (7 * h + 2 * kv + 2 * i + 7 * r) if fused else (15 * h + 4 * kv + 5 * i + 14 * r)
-    transient = 4 * i + 2 * h  # gradients of gate, up and their product while a layer runs backwards
-    layer = 2 * tokens * kept
-    activations = s["layers"] * 2 * tokens * h + layer if checkpointing else s["layers"] * layer
+    kept = (6 * h + 2 * kv + 2 * i + 7 * r) if fused else (15 * h + 4 * kv + 5 * i + 14 * r)
+    layer, backward = (
+        2 * tokens * kept,
+        2 * tokens * 4 * i,
+    )  # backward: gradients of gate, up and their product, for a moment
+    activations = s["layers"] * 2 * tokens * h + layer + backward if checkpointing else s["layers"] * layer
     return {
         "weights": int(weights),
         "adapter": 16 * s["adapter"]
         + (0 if checkpointing else 2 * s["adapter"]),  # float32: weight, gradient, two moments
-        "activations": activations + 2 * tokens * transient,
+        "activations": activations,
         "logits": supervised * s["vocabulary"] * 14,  # 16-bit, float32, log-softmax and their gradients
-        "dequantised layer": 0 if dequantized or q.bits == 16 else 2 * 2 * s["largest"],
+        "dequantised layer": 0 if dequantized or q.bits == 16 else 2 * s["largest"],
         "workspace": WORKSPACE,
     }
 
@@ -98,11 +100,8 @@ def _wait(device):
 
 def free_memory(experiment, device: torch.device) -> float:
     """Bytes a run may use: what is free on the GPU, at most training.memory_gib and the process's own limit."""
-    free, total = torch.cuda.mem_get_info(device)
-    limits = [free + torch.cuda.memory_reserved(device), total * torch.cuda.get_per_process_memory_fraction(device)]
-    if experiment.training.memory_gib:
-        limits.append(experiment.training.memory_gib * 2**30)
-    return min(limits)
+    free = modeling.free_bytes(device) + torch.cuda.memory_allocated(device)
+    return min(free, experiment.training.memory_gib * 2**30) if experiment.training.memory_gib else free
 
 
 def plan(experiment, rows) -> dict:
@@ -154,7 +153,7 @@ def plan(experiment, rows) -> dict:
             flop = tokens * (6 if checkpointing else 4) * s["linear"]
             seconds = flop / rate / (SHARE[checkpointing] if fused else PLAIN)
             if not dequantized and experiment.quantization.bits == 4:  # read 4 bits, write 16, every pass
-                seconds += steps * passes * (3 if checkpointing else 2) * 2.5 * s["linear"] / 1.3e12
+                seconds += steps * passes * (3 if checkpointing else 2) * 2.5 * s["linear"] / DEQUANTIZE
             seconds = max(seconds, steps * passes * PASS_SECONDS * s["layers"] / 32)
             found.append((seconds, passes, size, checkpointing, dequantized, sum(parts.values())))
     if not found:

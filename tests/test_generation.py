@@ -46,6 +46,39 @@ def test_batch_size_does_not_change_answers(setup):
     )
 
 
+def test_prompts_read_without_padding_give_the_same_answers(setup, monkeypatch):
+    """The GPU's way (packed prefill, a cache set aside) against transformers' own, on the CPU."""
+    e, tokenizer, model, _, rows = setup
+    rows = [*rows, dataclasses.replace(rows[0], id="short", prompt_ids=rows[0].prompt_ids[:1])]
+    plain = generation.generate(model, tokenizer, rows, e, progress=False)
+    calls = []
+    monkeypatch.setattr(generation.kernels, "has_varlen", lambda device: calls.append(device) or True)
+    monkeypatch.setattr(generation, "PREFILL", 150)  # two forward passes
+    assert generation.generate(model, tokenizer, rows, e, progress=False) == plain and calls
+    with torch.no_grad():
+        cache = generation.prefill(model, [r.prompt_ids for r in rows[:2]], 200, 6)
+        alone = model(input_ids=torch.tensor([rows[1].prompt_ids[:-1]]), use_cache=True).past_key_values
+    n = len(rows[1].prompt_ids) - 1
+    for filled, layer in zip(cache.layers, alone.layers, strict=True):
+        torch.testing.assert_close(filled.keys[1, :, 199 - n : 199], layer.keys[0], rtol=1e-4, atol=1e-5)
+        assert filled.keys.shape[2] == 199 and not filled.keys[1, :, : 199 - n].any()
+
+
+def test_after_out_of_memory_generation_goes_on_with_smaller_batches(setup, monkeypatch, capsys):
+    e, tokenizer, model, _, rows = setup
+    plain = generation.generate(model, tokenizer, rows, e, progress=False)
+    real = generation._decode
+
+    def too_large(model, tokenizer, chosen, *rest):
+        if len(chosen) > 1:
+            raise torch.OutOfMemoryError("no memory")
+        return real(model, tokenizer, chosen, *rest)
+
+    monkeypatch.setattr(generation, "_decode", too_large)
+    assert generation.generate(model, tokenizer, rows, e, progress=False) == plain
+    assert "going on with 1 prompts a batch" in capsys.readouterr().out
+
+
 def test_stop_reason_and_token_count(setup, monkeypatch):
     e, tokenizer, model, _, rows = setup
     eos, word = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("a")

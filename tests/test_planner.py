@@ -35,7 +35,7 @@ def test_memory_of_mistral_7b_by_hand():
     once = planner.memory(e, s, 1000, 100, checkpointing=False, dequantized=True, fused=True)
     assert once["weights"] == 2 * (6_979_321_856 + 262_410_240) and once["dequantised layer"] == 0
     less = planner.memory(e, s, 1000, 100, checkpointing=True, dequantized=False, fused=True)
-    assert less["activations"] < plain["activations"] / 5
+    assert less["activations"] < plain["activations"] / 4
     twice = planner.memory(e, s, 2000, 100, checkpointing=False, dequantized=False, fused=True)
     assert twice["activations"] == 2 * plain["activations"]
 
