@@ -14,14 +14,15 @@ from torch import nn
 from src import batching, kernels, modeling
 
 TOKENS = 12288  # a forward pass above this gains no speed (measured on an H200)
-RESERVE = 0.93  # share of the free memory that a plan may fill: the rest is fragmentation and library workspaces
-WORKSPACE = 2**29  # bytes: cuBLAS workspaces, kernels' temporaries
+RESERVE = 0.9  # share of the free memory that a plan may fill: the rest is fragmentation
+WORKSPACE = 2**28  # bytes: cuBLAS workspaces, kernels' temporaries
 SHARE = {
-    False: 0.80,
-    True: 0.74,
-}  # of the matrix-product rate that packed, fused training reaches, without and with checkpointing
-PLAIN = 0.55  # the same where layers run one by one through PEFT's forward
-PASS_SECONDS = 0.08  # a forward and backward pass of a 32-layer model cannot be launched faster from Python
+    False: 0.66,
+    True: 0.72,
+}  # of the matrix-product rate that fused training reaches, without and with checkpointing
+PLAIN = 0.45  # the same where layers run through PEFT's own forward
+DEQUANTIZE = 1.8e12  # bytes a second of turning NF4 into 16 bits, 2.5 bytes a weight
+PASS_SECONDS = 0.1  # a forward and backward pass of a 32-layer model cannot be launched faster from Python
 CPU_SHARE = 0.33  # of the CPU's matrix-product rate, demo model
 
 
@@ -62,16 +63,13 @@ def memory(
     weights = s["linear"] * (2 if dequantized or q.bits == 16 else four_bit) + s["other"] * 2
     h, i, kv = s["hidden"], s["intermediate"], s["kv"]
     # 16-bit numbers a token keeps in a layer for the backward pass: inputs of norms and projections, q, k, v, attention, gate, up
-    kept = (6 * h + 2 * kv + 2 * i + 7 * r) if fused else (15 * h + 4 * kv + 5 * i + 14 * r)
-    layer, backward = (
-        2 * tokens * kept,
-        2 * tokens * 4 * i,
-    )  # backward: gradients of gate, up and their product, for a moment
+    kept = (6 * h + 2 * kv + 2 * i + 7 * r) if fused else (10 * h + 2 * kv + 4 * i + 14 * r)
+    layer = 2 * tokens * kept
+    backward = 2 * tokens * 4 * i  # of one layer: gradients of gate, up and their product, for a moment
     activations = s["layers"] * 2 * tokens * h + layer + backward if checkpointing else s["layers"] * layer
     return {
         "weights": int(weights),
-        "adapter": 16 * s["adapter"]
-        + (0 if checkpointing else 2 * s["adapter"]),  # float32: weight, gradient, two moments
+        "adapter": 18 * s["adapter"],  # float32 weight, gradient and two moments, a 16-bit copy
         "activations": activations,
         "logits": supervised * s["vocabulary"] * 14,  # 16-bit, float32, log-softmax and their gradients
         "dequantised layer": 0 if dequantized or q.bits == 16 else 2 * s["largest"],
