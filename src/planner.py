@@ -65,13 +65,17 @@ def memory(
     # 16-bit numbers a token keeps in a layer for the backward pass: inputs of norms and projections, q, k, v, attention, gate, up
     kept = (6 * h + 2 * kv + 2 * i + 7 * r) if fused else (10 * h + 2 * kv + 4 * i + 14 * r)
     layer = 2 * tokens * kept
-    backward = 2 * tokens * 4 * i  # of one layer: gradients of gate, up and their product, for a moment
-    activations = s["layers"] * 2 * tokens * h + layer + backward if checkpointing else s["layers"] * layer
+    logits = supervised * s["vocabulary"] * 14  # 16-bit, float32, log-softmax and their gradients
+    activations = s["layers"] * layer
+    if (
+        checkpointing
+    ):  # the layers' inputs; then the logits, or one layer with the gradients of its gate, up and product
+        activations = s["layers"] * 2 * tokens * h + max(layer + 2 * tokens * 3 * i, logits)
     return {
         "weights": int(weights),
         "adapter": 18 * s["adapter"],  # float32 weight, gradient and two moments, a 16-bit copy
         "activations": activations,
-        "logits": supervised * s["vocabulary"] * 14,  # 16-bit, float32, log-softmax and their gradients
+        "logits": 0 if checkpointing else logits,
         "dequantised layer": 0 if dequantized or q.bits == 16 else 2 * s["largest"],
         "workspace": WORKSPACE,
     }
