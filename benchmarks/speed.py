@@ -228,11 +228,41 @@ def job(folder: str) -> dict:
     }
 
 
+def table(path: Path = HERE / "results" / "h200.json") -> str:
+    """The README's table: one line a setup."""
+    lines = [
+        "| setup | rows a step | tokens/s | samples/s | of the matmul rate | peak GiB | predicted GiB | plan |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    results = json.loads(path.read_text(encoding="utf-8"))
+    for r in results:
+        if "tok_s" not in r:
+            continue
+        p = r["plan"]
+        plan = f"{p['forward passes a step']} x {p['tokens a forward pass']:,} tokens, {p['weights']}" + (
+            ", checkpointing" if p["checkpointing"] else ""
+        )
+        cap = f" (limit {r['capped_gib']:.0f} GiB)" if r["capped_gib"] else ""
+        lines.append(
+            f"| {r['setup']}{cap} | {p['rows an optimizer step']} | {r['tok_s']:,} | {r['samples_s']} | {r['matmul_share']:.0%} of {r['matmul_tflops']} TFLOP/s "
+            f"| {r['peak_gib']:.1f} | {r['predicted_gib']:.1f} | {plan} |"
+        )
+    for r in results:
+        if "new_tok_s" in r:
+            lines.append(
+                f"\nGeneration, 819 prompts, 64 new tokens each, reading the prompts included: {r['new_tok_s']:,} new tokens/s "
+                f"(base {r['base_new_tok_s']:,}, fine-tuned {r['finetuned_new_tok_s']:,}), peak {r['peak_gib']:.1f} GiB."
+            )
+    return "\n".join(lines)
+
+
 def main(arguments: list[str]) -> int:
     if arguments[:1] == ["make-model"]:
         make_model(arguments[1])
     elif arguments[:1] == ["lengths"]:
         lengths(arguments[1])
+    elif arguments == ["table"]:
+        print(table())
     elif len(arguments) == 2:
         folder, setup = arguments
         result = (

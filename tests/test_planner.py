@@ -1,5 +1,7 @@
 """The planner: bytes add up from shapes, batches keep the recipe, a plan fits or says why not."""
 
+import json
+
 import pytest
 
 from src import batching, experiments, modeling, planner, prompts
@@ -68,3 +70,15 @@ def test_the_plan_counts_what_will_be_trained(setup):
     plan = planner.plan(e, rows * 9)  # 27 rows, steps of 8, one epoch: 4 steps
     assert plan["optimizer steps"] == 4 and plan["rows an optimizer step"] == 8 and plan["batches"] == "padded"
     assert plan["predicted minutes"] is not None and plan["predicted GiB"] is None  # GPU memory is what is planned
+
+
+def test_the_benchmark_table_is_made_from_the_committed_results():
+    from benchmarks import speed
+
+    text = (experiments.ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    assert text.split("<!-- table -->\n")[1].split("<!-- end -->")[0] == speed.table() + "\n"
+    results = json.loads((experiments.ROOT / "benchmarks" / "results" / "h200.json").read_text(encoding="utf-8"))
+    trained = [r for r in results if "predicted_gib" in r]
+    assert len(trained) >= 8 and all(abs(r["predicted_gib"] / r["peak_gib"] - 1) <= 0.15 for r in trained)
+    capped = [r for r in trained if r["capped_gib"]]
+    assert all(r["peak_gib"] <= r["capped_gib"] and r["retries"] == 0 for r in capped) and len(capped) >= 4
