@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 10
+	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 demo: .venv/installed  ## the whole chain on the embedded data and model: CPU, minutes, no network after the install
 	$(BIN)/python -m src.run demo
@@ -20,10 +20,15 @@ check: .venv/installed  ## lint and formatting, notebooks included
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+notebooks: .venv/installed  ## run 01 to 04 in place on the demo, as they are committed
+	rm -rf outputs/demo-* outputs/demo
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/0[1-4]*.ipynb
+	mkdir outputs/demo && cp outputs/demo-*/comparison/*.csv outputs/demo-*/comparison/*.png outputs/demo-*/comparison/side_by_side.html outputs/demo/
+
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}: make PYTHON=python3.12 demo")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-.PHONY: help demo run test check
+.PHONY: help demo run test check notebooks
