@@ -1,6 +1,7 @@
 """The base model in 4 bits, its tokenizer, and the adapter on top: loaded the same way on CUDA and on the CPU."""
 
 import gc
+import logging
 import os
 import warnings
 from contextlib import contextmanager
@@ -10,6 +11,9 @@ import torch
 from torch import nn
 
 from src import experiments, kernels
+
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft asks transformers by its old name
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # asks for a package that `load_base` avoids
 
 
 class ModelError(RuntimeError):
@@ -127,6 +131,11 @@ def load_base(experiment, tokenizer, device: torch.device | None = None):
         torch.manual_seed(experiment.seed)  # the new rows are drawn from the old rows' mean and covariance
         model.resize_token_embeddings(len(tokenizer))
     model.config.pad_token_id = tokenizer.pad_token_id
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # Where a CPU has AVX512-BF16, bitsandbytes repacks a layer's weights for good at its first use in eval mode:
+            # 16-bit results from then on, and no gradient through the layer, so training after a generation goes wrong.
+            module.support_avx512bf16_for_cpu = False
     model.base_commit = getattr(model.config, "_commit_hash", None)
     model.requires_grad_(False)
     return model
@@ -142,9 +151,6 @@ def add_adapter(model, experiment):
         raise ModelError(
             f"lora.target_modules names {', '.join(unknown)}: {experiment.base_model} has the linear layers {', '.join(sorted(names))}."
         )
-    warnings.filterwarnings(
-        "ignore", message=".*is_gradient_checkpointing.*"
-    )  # peft 0.21 asks transformers by its old name
     torch.manual_seed(experiment.seed)
     config = LoraConfig(
         r=experiment.lora.rank,

@@ -153,7 +153,7 @@ def arguments(experiment, device: torch.device, plan: dict) -> TrainingArguments
         seed=experiment.seed,
         report_to="none",
         remove_unused_columns=False,
-        accelerator_config={"non_blocking": True},  # batches reach the GPU without stopping it
+        accelerator_config={"non_blocking": device.type == "cuda"},  # batches reach the GPU without stopping it
     )
 
 

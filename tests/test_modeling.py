@@ -52,6 +52,29 @@ def test_dequantized_weights_compute_the_same_function(tiny_model, double):
     torch.testing.assert_close(model(input_ids=ids).logits, before, rtol=1e-5, atol=1e-5)
 
 
+def test_gradients_are_the_same_after_a_generation_in_between(tiny_model):
+    # On a CPU with AVX512-BF16, bitsandbytes' own layers lose their gradient at the first forward pass in eval mode.
+    e = experiment(tiny_model)
+    model = modeling.add_adapter(modeling.load_base(e, modeling.load_tokenizer(e)), e)
+    ids = torch.tensor([[1, 5, 9, 30, 31, 32]])
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(0, 0.02)
+
+    def gradients():
+        model.train().zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    before = gradients()
+    with torch.inference_mode():
+        model.eval()(input_ids=ids)
+    after = gradients()
+    assert len(before) == 28 and all(g.abs().sum() > 0 for g in before.values())
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
 def test_sixteen_bits_means_no_quantisation(tiny_model):
     e = experiment(tiny_model, **{"quantization.bits": 16})
     model = modeling.load_base(e, modeling.load_tokenizer(e))
