@@ -39,6 +39,10 @@ RELEASED_OUTPUTS = (
     "MTS-Dialog-Automatic-Summaries-ValidationSet.csv",
     "0ee4261f33f7001643cfb88779bf2af49a6e1829e70460bb9b67917d48276f2d",
 )
+MANUAL_SCORES = (
+    "MTS-Dialog-Manual-Scores4CorrelationStudy.csv",
+    "48344ac1ea8a8c8dc6286cebc59b734bbe29d821e32bd3cfefb4c72f0b70088d",
+)
 SAMSUM_ARCHIVE = ("corpus.7z", "a97674c66726f66b98a08ca5e8868fb8af9d4843f2b05c4f839bc5cfe91e8899")
 SAMSUM_FILES = {
     "train": ("train.json", "c0df0898ad4322462cb73959f0ca820b31c4dc27e44b1ef64fbc34f7e12f1cb5"),
@@ -111,16 +115,51 @@ def source_files(experiment, progress: bool = True) -> dict[str, Path]:
 
 
 def released_outputs(progress: bool = True) -> list[dict]:
-    """The four EACL-2023 systems' summaries of MTS-Dialog's validation split with human fact scores, in file order (CC BY 4.0)."""
-    name, sha = RELEASED_OUTPUTS
-    path = fetch(
-        experiments.ROOT / "data" / "raw" / "mts-dialog",
-        name,
-        sha,
-        f"{MTS_URL}/Correlation-Study/{name}",
-        progress,
-    )
-    return _table(path)
+    """The four EACL-2023 systems' summaries of MTS-Dialog's validation split, in file order (CC BY 4.0).
+
+    400 rows: ID, Dialogue, Reference Summary, Automatic Summary.
+    """
+    return _table(_correlation_study(*RELEASED_OUTPUTS, progress))
+
+
+def manual_scores(progress: bool = True) -> list[dict[str, float]]:
+    """What people found in each row of `released_outputs`: FactualPrecision, FactualRecall, HallucinationRate, OmissionRate, ... in 0-1."""
+    return [{k: float(v) for k, v in row.items()} for row in _table(_correlation_study(*MANUAL_SCORES, progress))]
+
+
+def _correlation_study(name: str, sha256: str, progress: bool) -> Path:
+    folder = experiments.ROOT / "data" / "raw" / "mts-dialog"
+    return fetch(folder, name, sha256, f"{MTS_URL}/Correlation-Study/{name}", progress)
+
+
+def others(experiment, progress: bool = True) -> dict[str, tuple[str, list[str], list[str]]]:
+    """Summaries that other systems or people made of the dataset: {name: (split, summaries, references)}.
+
+    MTS-Dialog: the released outputs, one system after the other (each starts where the ids start anew). SAMSum: one
+    annotator's summary against another's, for every dialogue that occurs with two different ones.
+    """
+    systems = {}
+    if experiment.data.dataset == "mts_dialog":
+        rows = released_outputs(progress)
+        for row in rows:
+            if row["ID"] == rows[0]["ID"]:
+                systems[f"EACL-2023 system {len(systems) + 1} (released outputs)"] = ("validation", [], [])
+            _, summaries, references = list(systems.values())[-1]
+            summaries.append(row["Automatic Summary"])
+            references.append(row["Reference Summary"])
+    if experiment.data.dataset == "samsum":
+        pairs = human_pairs([load_split(experiment, split) for split in experiments.splits("samsum")])
+        systems["one human against another"] = ("all", [p for p, _ in pairs], [r for _, r in pairs])
+    return systems
+
+
+def human_pairs(splits: list[list[dict]]) -> list[tuple[str, str]]:
+    """(one annotator's summary, another's), one pair for every dialogue that occurs with two different summaries."""
+    summaries = defaultdict(list)
+    for row in (row for split in splits for row in split):
+        if row["summary"] not in summaries[key(row)]:
+            summaries[key(row)].append(row["summary"])
+    return [(found[1], found[0]) for found in summaries.values() if len(found) > 1]
 
 
 # ---------------------------------------------------------------- reading and checking
@@ -305,6 +344,8 @@ def prepare(experiment, progress: bool = True) -> dict:
     Writes <split>.jsonl, leaks.json (the ids of `audit`) and, last, report.json. Raises DataError before anything is written.
     """
     files, custom = source_files(experiment, progress), experiment.data.dataset == "custom"
+    if experiment.data.dataset == "mts_dialog":
+        released_outputs(progress)  # scored in 03, which may have no network
     rows, dropped = {}, {}
     for split, path in files.items():
         rows[split], dropped[split] = usable(read_rows(path), path, strict=custom)

@@ -34,6 +34,7 @@ COLUMNS = {  # column: what computes it, on which scale
     "sacreBLEU": "sacrebleu corpus BLEU, 0-100",
     "BLEU (0-1)": "corpus BLEU without smoothing, 0-1, 13a tokens (evaluate's `bleu`, as recipe 1 prints it)",
 }
+BERTSCORE = {"BERTScore": "bert-score F1, the official English model (roberta-large), not rescaled: compare differences only"}
 
 
 @functools.cache
@@ -44,15 +45,39 @@ def metric(name: str):
     return evaluate.load(str(Path(__file__).parent / "metrics" / f"{name}.py"))
 
 
+@functools.cache
+def bert_scorer():
+    """bert-score's scorer with its official English model; None, and said so, when the package or the model cannot be had."""
+    try:
+        from bert_score import BERTScorer
+
+        return BERTScorer(lang="en")
+    except ImportError:
+        print("No BERTScore column: bert-score is not installed (pip install bert-score).")
+    except OSError as error:
+        print(f"No BERTScore column: its model is neither cached nor reachable ({str(error).splitlines()[0]})")
+    return None
+
+
 def score_rows(predictions: list[str], references: list[str]) -> dict[str, np.ndarray]:
-    """Per-row scores: one array of n values a ROUGE column, and "counts", n x 10: BLEU's matches and totals by n, two lengths."""
+    """Per-row scores: one array of n values a ROUGE column (and BERTScore, where it can be had), and "counts".
+
+    "counts" is n x 10: BLEU's matches by n, its totals by n, the lengths of prediction and reference in 13a tokens.
+    """
     if len(predictions) != len(references) or not references:
         raise ValueError(
             f"{len(predictions)} predictions for {len(references)} references: expected as many, at least one."
         )
     rouge = metric("summary_rouge").compute(predictions=predictions, references=references)
     bleu = metric("summary_bleu").compute(predictions=predictions, references=references)
-    return {column: np.array(rouge[key]) for column, key in ROUGE.items()} | {"counts": np.array(bleu["counts"])}
+    rows = {column: np.array(rouge[key]) for column, key in ROUGE.items()}
+    if bert_scorer():
+        rows["BERTScore"] = np.zeros(len(references))
+        filled = [i for i, p in enumerate(predictions) if p.strip() and references[i].strip()]  # an empty text scores 0
+        if filled:
+            texts = [predictions[i] for i in filled], [references[i] for i in filled]
+            rows["BERTScore"][filled] = bert_scorer().score(*texts)[2].numpy()
+    return rows | {"counts": np.array(bleu["counts"])}
 
 
 def bleu(counts: np.ndarray, smooth: bool) -> float:
@@ -65,7 +90,7 @@ def bleu(counts: np.ndarray, smooth: bool) -> float:
 
 def corpus(rows: dict[str, np.ndarray], chosen=slice(None)) -> dict[str, float]:
     """Corpus scores of the chosen rows: the mean of the rows for ROUGE, the pooled counts for BLEU."""
-    values = {column: float(rows[column][chosen].mean()) for column in ROUGE}
+    values = {column: float(rows[column][chosen].mean()) for column in rows if column != "counts"}
     counts = rows["counts"][chosen]
     return values | {"sacreBLEU": bleu(counts, True), "BLEU (0-1)": bleu(counts, False) / 100}
 
@@ -77,7 +102,7 @@ def resamples(n: int, seed: int) -> np.ndarray:
 
 def distribution(rows: dict, draws: np.ndarray) -> dict[str, np.ndarray]:
     """Every corpus score on every resample: one array of BOOTSTRAP values a column."""
-    values = {column: rows[column][draws].mean(1) for column in ROUGE}
+    values = {column: rows[column][draws].mean(1) for column in rows if column != "counts"}
     counts = rows["counts"][draws].sum(1, keepdims=True)
     values["sacreBLEU"] = np.array([bleu(c, True) for c in counts])
     values["BLEU (0-1)"] = np.array([bleu(c, False) for c in counts]) / 100
@@ -96,6 +121,11 @@ def with_intervals(rows: dict, chosen: np.ndarray, seed: int) -> dict[str, dict]
         }
         for column, value in corpus(part).items()
     }
+
+
+def score(predictions: list[str], references: list[str], seed: int) -> dict[str, dict]:
+    """`with_intervals` of texts instead of rows."""
+    return with_intervals(score_rows(predictions, references), np.arange(len(references)), seed)
 
 
 def paired_test(first: dict, second: dict, chosen: np.ndarray, seed: int) -> dict[str, dict]:
@@ -191,33 +221,14 @@ def without_model(records: list[dict], train: list[dict]) -> dict[str, list[str]
     return systems
 
 
-def human_pairs(splits: list[list[dict]], key) -> list[tuple[str, str]]:
-    """(one annotator's summary, another's), one pair for every dialogue that occurs with two different summaries; `key` tells which are the same."""
-    summaries = defaultdict(list)
-    for row in (row for split in splits for row in split):
-        if row["summary"] not in summaries[key(row)]:
-            summaries[key(row)].append(row["summary"])
-    return [(found[1], found[0]) for found in summaries.values() if len(found) > 1]
-
-
-def released_systems(rows: list[dict]) -> dict[str, tuple[list[str], list[str]]]:
-    """The four EACL-2023 systems' (predictions, references) from `data.released_outputs`: each starts where the ids start anew."""
-    systems = {}
-    for row in rows:
-        if row["ID"] == rows[0]["ID"]:
-            systems[f"EACL-2023 system {len(systems) + 1} (released outputs)"] = ([], [])
-        predictions, references = list(systems.values())[-1]
-        predictions.append(row["Automatic Summary"])
-        references.append(row["Reference Summary"])
-    return systems
-
-
 # ---------------------------------------------------------------- what scores do not see
 
 ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
-NUMBER_WORDS = {word: n for n, word in enumerate(ONES.split())} | {
-    word: 10 * n for n, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)
-}
+TENS = {word: 10 * n for n, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)}
+NUMBER_WORDS = {word: n for n, word in enumerate(ONES.split())} | TENS
+DECADES = {word[:-1] + "ies": n for word, n in TENS.items()}  # "in her eighties" is "in her 80s"
+ENUMERATOR = re.compile(r"(?:(?<=^)|(?<=[.\n]))\s*[1-9]\.(?=\s)")  # "1. Aspirin. 2. Zocor." holds no numbers
+NEGATION = re.compile(r"\b(?:no|not|none|never|nothing|nor|neither|without|den(?:y|ies|ied)|negative|unremarkable)\b|n't\b")
 DRUG = re.compile(
     r"(?:cillin|mycin|micin|floxacin|cycline|azole|pril|sartan|olol|dipine|statin|formin|gliptin|glitazone|prazole|tidine|setron|triptan|"
     r"profen|oxicam|coxib|codone|morphone|barbital|azepam|zolam|oxetine|aline|traline|parin|xaban|lukast|terol|sone|solone|ide|thiazide|mab)$"
@@ -230,9 +241,10 @@ def _words(text: str) -> list[str]:
 
 def facts(text: str) -> set[str]:
     """Numbers as digits ("thirty-two" is 32, "nineteen eighty eight" 1988, "three hundred" 300) and, from seven letters, words with a drug's ending."""
-    words = [part for word in _words(text.replace(",000", "000")) for part in word.split("-")]
+    words = [part for word in _words(ENUMERATOR.sub(" ", text).replace(",000", "000")) for part in word.split("-")]
     found = {word for word in words if len(word) >= 7 and DRUG.search(word)}
     found.update(number for word in words for number in re.findall(r"\d+(?:\.\d+)?", word))
+    found.update(str(DECADES[word]) for word in words if word in DECADES)
     i = 0
     while i < len(words):
         value, i = _spoken(words, i) if words[i] in NUMBER_WORDS else (None, i + 1)
@@ -272,6 +284,11 @@ def unsupported(summary: str, dialogue: str) -> set[str]:
     return facts(summary) - facts(dialogue)
 
 
+def lost_negations(summary: str, dialogue: str) -> bool:
+    """The dialogue negates something ("no", "denies", "n't") and the summary nothing at all."""
+    return bool(NEGATION.search(dialogue.lower())) and not NEGATION.search(summary.lower())
+
+
 def novel_bigrams(summary: str, dialogue: str) -> float:
     """Share of the summary's word pairs that the dialogue does not have; nan for a summary of fewer than two words."""
     words, source = _words(summary), _words(dialogue)
@@ -292,6 +309,10 @@ def text_statistics(predictions: list[str], records: list[dict], answers: list[d
         "words per reference word": sum(lengths) / sum(references),
         "novel bigrams": float(np.nanmean(novel)) if not np.isnan(novel).all() else None,
         "rows with unsupported numbers or drugs": sum(map(bool, flagged)) / n,
+        "rows that lose every negation": sum(
+            lost_negations(p, r["dialogue"]) for p, r in zip(predictions, records, strict=True)
+        )
+        / n,
         "empty": sum(not p.strip() for p in predictions) / n,
     }
     if answers:
@@ -341,28 +362,33 @@ def _mean_interval(values: np.ndarray, seed: int) -> dict[str, float | None]:
 
 
 def evaluate_run(
-    experiment, predictions: dict[str, list[dict]], records: list[dict], train: list[dict], leaked=()
+    experiment, predictions: dict[str, list[dict]], records: list[dict], train: list[dict], leaked=(), others=None
 ) -> dict:
     """The content of metrics.json: base, fine-tuned and the systems without a model, scored alike.
 
-    `predictions`: {"base": rows, "finetuned": rows} of 03; `records` the evaluation rows, `train` the rows trained on.
+    `predictions`: {"base": rows, "finetuned": rows} of 03; `records` the evaluation rows, `train` the rows trained on;
+    `others`: what `data.others` found, scored on its own rows.
     """
     systems = {name: [row["prediction"] for row in rows] for name, rows in predictions.items()} | without_model(
         records, train
     )
     scores = evaluate_systems(records, systems, leaked, experiment.seed, predictions)
     rows = scores.pop("rows")
-    chosen = {
-        "all": np.arange(len(records)),
-        "clean": np.array([i for i, r in enumerate(records) if r["id"] not in leaked], dtype=int),
+    chosen = {"all": np.arange(len(records))}
+    if 0 < scores["n_clean"] < len(records):
+        chosen["clean"] = np.array([i for i, r in enumerate(records) if r["id"] not in leaked])
+    pairs = {k: paired_test(rows["base"], rows["finetuned"], c, experiment.seed) for k, c in chosen.items()}
+    other = {
+        name: {"split": split, "n": len(theirs), "all": score(theirs, references, experiment.seed)}
+        for name, (split, theirs, references) in (others or {}).items()
     }
-    pairs = {k: paired_test(rows["base"], rows["finetuned"], c, experiment.seed) for k, c in chosen.items() if len(c)}
     text = text_statistics([r["summary"] for r in records], records)
     return {
         "run_id": experiment.run_id,
         "dataset": experiment.data.dataset,
         "split": experiment.data.eval_split,
         **scores,
+        "others": other,
         "reference_text": text,
         "paired": {"finetuned minus base": pairs},
         "per_row": {
@@ -381,8 +407,9 @@ def settings(seed: int) -> dict:
     signature = metric("summary_bleu").compute(predictions=["a"], references=["a"])["signature"]
     versions = {name: importlib.metadata.version(name) for name in ("rouge-score", "sacrebleu", "evaluate")}
     return {
-        "columns": COLUMNS,
+        "columns": COLUMNS | (BERTSCORE if bert_scorer() else {}),
         "sacrebleu signature": signature,
+        "bert-score hash": bert_scorer().hash if bert_scorer() else None,
         "versions": versions,
         "bootstrap": BOOTSTRAP,
         "seed": seed,

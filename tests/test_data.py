@@ -226,9 +226,10 @@ def test_data_readme_names_every_checksum_and_row_count():
         *data.MTS_FILES.values(),
         *data.SAMSUM_FILES.values(),
         data.RELEASED_OUTPUTS,
+        data.MANUAL_SCORES,
         data.SAMSUM_ARCHIVE,
     ]
-    assert len(published) == 9
+    assert len(published) == 10
     for name, sha in published:
         assert name in text and sha in text
     assert data.MTS_COMMIT in text and re.search(r"14,731", text)
