@@ -20,9 +20,9 @@ check: .venv/installed  ## lint and formatting, notebooks included
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-notebooks: .venv/installed  ## run 01 to 04 in place on the demo, as they are committed
-	rm -rf outputs/demo-* outputs/demo
-	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/0[1-4]*.ipynb
+notebooks: .venv/installed  ## run all notebooks in place on the demo, as they are committed
+	rm -rf outputs/demo-* outputs/demo outputs/published-*
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
 	mkdir outputs/demo && cp outputs/demo-*/comparison/*.csv outputs/demo-*/comparison/*.png outputs/demo-*/comparison/side_by_side.html outputs/demo/
 
 .venv/installed: requirements.txt

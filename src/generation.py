@@ -65,21 +65,26 @@ def generate(model, tokenizer, rows, experiment, label: str = "", progress: bool
             modeling.free_cuda()
             continue
         for i, new in zip(chosen, decoded, strict=True):
-            stopped = tokenizer.eos_token_id in new
-            new = new[: new.index(tokenizer.eos_token_id) + 1] if stopped else new
-            results[i] = {
-                "id": rows[i].id,
-                "prediction": tokenizer.decode(new[:-1] if stopped else new, skip_special_tokens=True).strip(),
-                "tokens": len(new),
-                "stop": "eos" if stopped else "length",
-                "prompt_tokens": len(rows[i].prompt_ids),
-                "cut_tokens": rows[i].cut_tokens,
-            }
+            results[i] = answer(rows[i], new, tokenizer)
         start += len(chosen)
         bar.update(len(chosen))
     bar.close()
     model.train(was_training)
     return results
+
+
+def answer(row, new: list[int], tokenizer) -> dict:
+    """The entry of `generate` for a row and its new token ids, which may hold padding after EOS."""
+    stopped = tokenizer.eos_token_id in new
+    new = new[: new.index(tokenizer.eos_token_id) + 1] if stopped else new
+    return {
+        "id": row.id,
+        "prediction": tokenizer.decode(new[:-1] if stopped else new, skip_special_tokens=True).strip(),
+        "tokens": len(new),
+        "stop": "eos" if stopped else "length",
+        "prompt_tokens": len(row.prompt_ids),
+        "cut_tokens": row.cut_tokens,
+    }
 
 
 def batch_size(model, longest: int, experiment) -> int:

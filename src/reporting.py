@@ -90,6 +90,20 @@ def published_table(dataset: str) -> pd.DataFrame:
     return pd.DataFrame(rows).T.rename_axis("system").fillna("")
 
 
+def others_table(others: dict, columns=None) -> pd.DataFrame:
+    """Other systems' and people's summaries, scored here by the same functions; each on its own rows (metrics["others"])."""
+    rows = {
+        name: {"split": other["split"], "n": other["n"]}
+        | {
+            c: _interval(s, 1 if c == "sacreBLEU" else 3)
+            for c, s in other["all"].items()
+            if not columns or c in columns
+        }
+        for name, other in others.items()
+    }
+    return pd.DataFrame(rows).T.rename_axis("system")
+
+
 def paired_table(metrics: dict) -> pd.DataFrame:
     """Fine-tuned minus base, on all rows and on the rows without leaks: difference, 95% interval, p (paired bootstrap)."""
     rows = {}

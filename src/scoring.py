@@ -34,7 +34,9 @@ COLUMNS = {  # column: what computes it, on which scale
     "sacreBLEU": "sacrebleu corpus BLEU, 0-100",
     "BLEU (0-1)": "corpus BLEU without smoothing, 0-1, 13a tokens (evaluate's `bleu`, as recipe 1 prints it)",
 }
-BERTSCORE = {"BERTScore": "bert-score F1, the official English model (roberta-large), not rescaled: compare differences only"}
+BERTSCORE = {
+    "BERTScore": "bert-score F1, the official English model (roberta-large), not rescaled: compare differences only"
+}
 
 
 @functools.cache
@@ -123,9 +125,16 @@ def with_intervals(rows: dict, chosen: np.ndarray, seed: int) -> dict[str, dict]
     }
 
 
-def score(predictions: list[str], references: list[str], seed: int) -> dict[str, dict]:
-    """`with_intervals` of texts instead of rows."""
-    return with_intervals(score_rows(predictions, references), np.arange(len(references)), seed)
+def score_others(others: dict, seed: int) -> dict[str, dict]:
+    """{name: {"split", "n", "all": scores with intervals}} of what `data.others` found, each on rows of its own."""
+    return {
+        name: {
+            "split": split,
+            "n": len(references),
+            "all": with_intervals(score_rows(predictions, references), np.arange(len(references)), seed),
+        }
+        for name, (split, predictions, references) in others.items()
+    }
 
 
 def paired_test(first: dict, second: dict, chosen: np.ndarray, seed: int) -> dict[str, dict]:
@@ -228,7 +237,9 @@ TENS = {word: 10 * n for n, word in enumerate("twenty thirty forty fifty sixty s
 NUMBER_WORDS = {word: n for n, word in enumerate(ONES.split())} | TENS
 DECADES = {word[:-1] + "ies": n for word, n in TENS.items()}  # "in her eighties" is "in her 80s"
 ENUMERATOR = re.compile(r"(?:(?<=^)|(?<=[.\n]))\s*[1-9]\.(?=\s)")  # "1. Aspirin. 2. Zocor." holds no numbers
-NEGATION = re.compile(r"\b(?:no|not|none|never|nothing|nor|neither|without|den(?:y|ies|ied)|negative|unremarkable)\b|n't\b")
+NEGATION = re.compile(
+    r"\b(?:no|not|none|never|nothing|nor|neither|without|den(?:y|ies|ied)|negative|unremarkable)\b|n't\b"
+)
 DRUG = re.compile(
     r"(?:cillin|mycin|micin|floxacin|cycline|azole|pril|sartan|olol|dipine|statin|formin|gliptin|glitazone|prazole|tidine|setron|triptan|"
     r"profen|oxicam|coxib|codone|morphone|barbital|azepam|zolam|oxetine|aline|traline|parin|xaban|lukast|terol|sone|solone|ide|thiazide|mab)$"
@@ -378,17 +389,13 @@ def evaluate_run(
     if 0 < scores["n_clean"] < len(records):
         chosen["clean"] = np.array([i for i, r in enumerate(records) if r["id"] not in leaked])
     pairs = {k: paired_test(rows["base"], rows["finetuned"], c, experiment.seed) for k, c in chosen.items()}
-    other = {
-        name: {"split": split, "n": len(theirs), "all": score(theirs, references, experiment.seed)}
-        for name, (split, theirs, references) in (others or {}).items()
-    }
     text = text_statistics([r["summary"] for r in records], records)
     return {
         "run_id": experiment.run_id,
         "dataset": experiment.data.dataset,
         "split": experiment.data.eval_split,
         **scores,
-        "others": other,
+        "others": score_others(others or {}, experiment.seed),
         "reference_text": text,
         "paired": {"finetuned minus base": pairs},
         "per_row": {

@@ -70,36 +70,6 @@ def tiny_model(tmp_path_factory):
     return folder
 
 
-def sentencepiece_tokenizer(path, prepend: str):
-    """A fast tokenizer from a SentencePiece model, as the hub's tokenizer.json of the Mistral models has it.
-
-    Merges are ordered by piece score; transformers' own conversion orders them by id, which differs on repeated spaces.
-    `prepend`: "always" (Mistral-7B-v0.1) or "first" (the newer Instruct-v0.2 files).
-    """
-    import sentencepiece
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    sp = sentencepiece.SentencePieceProcessor(str(path))
-    vocabulary = {sp.id_to_piece(i): i for i in range(sp.get_piece_size())}
-    splits = [
-        (-sp.get_score(i), p[:k], p[k:])
-        for p, i in vocabulary.items()
-        for k in range(1, len(p))
-        if p[:k] in vocabulary and p[k:] in vocabulary
-    ]
-    splits.sort(key=lambda split: (split[0], vocabulary[split[1]], vocabulary[split[2]]))
-    model = models.BPE(vocabulary, [(a, b) for _, a, b in splits], unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=prepend, split=False)
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>"
-    )
-
-
 @pytest.fixture(scope="session")
 def official():
     """mistral-common's official v1 tokenizer, the one of Mistral-7B-v0.1 and Instruct-v0.2."""
@@ -110,6 +80,6 @@ def official():
 
 @pytest.fixture(scope="session", params=["always", "first"])
 def mistral_tokenizer(request):
-    import mistral_common
+    from src import published
 
-    return sentencepiece_tokenizer(Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1", request.param)
+    return published.official_tokenizer(request.param)

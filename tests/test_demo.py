@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import re
 
+import pandas as pd
 import pytest
 
 from src import data, experiments, generation, modeling, prompts, scoring, training
@@ -106,3 +107,15 @@ def test_a_shortened_run_learns_to_summarise(tmp_path, monkeypatch):
     assert score["base"] < 0.25
     assert score["finetuned"] > score["base"] + 0.45
     assert ended == 1 and 0.8 < words < 1.25  # without a supervised EOS it writes on
+
+
+def test_readme_and_notebook_04_show_the_committed_scores():
+    outputs = experiments.ROOT / "outputs" / "demo"
+    scores = pd.read_csv(outputs / "scores.csv", index_col=0, dtype=str)
+    readme = (experiments.ROOT / "README.md").read_text(encoding="utf-8")
+    notebook = (experiments.ROOT / "notebooks" / "04_compare.ipynb").read_text(encoding="utf-8")
+    columns = ["ROUGE-1", "ROUGE-2", "ROUGE-L", "sacreBLEU"]
+    for system in ("base", "fine-tuned", "whole dialogue", "nearest training summary"):
+        values = scores.loc[system, columns].tolist()
+        assert f"| {system} | {' | '.join(values)} | {scores.loc[system, 'n']} |" in readme
+        assert all(value in notebook for value in values)
