@@ -239,24 +239,21 @@ DEFECTS = (
         train=eos_unsupervised,
     ),
     Defect(
-        "recipe 1, all of it",
+        "recipe 1 together",
         "recipe 1",
-        "its five rows above together",
+        "labels from the prompt, right-padded generation and the prompt scored",
         "none of them",
-        "",
-        QV | {"lora.rank": 4},
         train=labels_from_prompt,
         right_padded=True,
         prompt_scored=True,
     ),
     Defect(
-        "recipe 2, all of it",
+        "recipe 2 together",
         "recipe 2",
-        "its four rows above together",
+        "loss on the prompt, EOS ends the prompt, merged and unquantised",
         "none of them",
-        "",
-        train=lambda row: loss_on_prompt(bos_twice(row)),
-        ask=lambda row: eos_ends_prompt(bos_twice(row)),
+        train=loss_on_prompt,
+        ask=eos_ends_prompt,
         merged=True,
     ),
 )
@@ -280,6 +277,9 @@ def measure(settings: dict, defects=DEFECTS, seeds=SEEDS) -> pd.DataFrame:
     start = time.perf_counter()
     for seed in seeds:
         for (_, change), alike in runs.items():
+            if change is None and seed != seeds[0]:  # untrained: no seed changes it
+                found |= {(d.name, seed): found[d.name, seeds[0]] for d in alike}
+                continue
             experiment = experiments.load_experiment("demo", **settings, **alike[0].overrides, seed=seed)
             experiment = dataclasses.replace(experiment, name="published-" + re.sub(r"\W+", "_", alike[0].name))
             with capture_output():  # the logs of thirty trainings
@@ -304,7 +304,7 @@ def measure(settings: dict, defects=DEFECTS, seeds=SEEDS) -> pd.DataFrame:
                         **{column: scores[column] for column in ("ROUGE-1", "ROUGE-L", "sacreBLEU")},
                         "ended by EOS": sum(a["stop"] == "eos" for a in answers) / len(answers),
                     }
-        print(f"seed {seed}: {len(runs)} runs; {(time.perf_counter() - start) / 60:.1f} minutes so far")
+        print(f"seed {seed}: {(time.perf_counter() - start) / 60:.1f} minutes so far")
     return pd.DataFrame([{"defect": d.name, "seed": s, **found[d.name, s]} for d in defects for s in seeds])
 
 

@@ -347,7 +347,8 @@ def length_plot(predictions: dict):
         y = [min(len(r["prediction"].split()), 2 * limit) for r in predictions[name]]
         axis.plot([0, limit], [0, limit], color=COLORS["reference"], lw=1)
         axis.scatter(x, y, s=10, alpha=0.5, color=COLORS[name])
-        axis.set(xlabel="words in the reference", ylabel="words in the summary", title=label, xlim=(0, limit))
+        axis.set(xlabel="words in the reference", ylabel="words in the summary", title=label)
+        axis.set(xlim=(0, limit), ylim=(-1, 2 * limit + 2))
     return fig
 
 

@@ -140,8 +140,9 @@ def score_others(others: dict, seed: int) -> dict[str, dict]:
 def paired_test(first: dict, second: dict, chosen: np.ndarray, seed: int) -> dict[str, dict]:
     """Second minus first: {column: {"difference", "low", "high", "p"}} by paired bootstrap over rows.
 
-    p is two-sided, as in sacrebleu's paired bootstrap (Koehn 2004): the share of resamples whose difference, centred on its
-    mean, is at least as large as the observed one; (hits + 1) / (resamples + 1).
+    p is two-sided (Koehn 2004, Berg-Kirkpatrick 2012): the share of resamples whose difference, centred on its mean, is at least
+    as large as the observed one; (hits + 1) / (resamples + 1). sacrebleu's paired bootstrap counts one side of absolute
+    differences, so its p for the same resamples is about half of this one.
     """
     one, two = ({name: values[chosen] for name, values in rows.items()} for rows in (first, second))
     draws = resamples(len(chosen), seed)

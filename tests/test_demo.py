@@ -119,3 +119,5 @@ def test_readme_and_notebook_04_show_the_committed_scores():
         values = scores.loc[system, columns].tolist()
         assert f"| {system} | {' | '.join(values)} | {scores.loc[system, 'n']} |" in readme
         assert all(value in notebook for value in values)
+    base, tuned = (scores.loc[system, "ROUGE-L"].split()[0].lstrip("0") for system in ("base", "fine-tuned"))
+    assert f"| ROUGE-L unstemmed | {base} | {tuned} |" in readme

@@ -44,9 +44,8 @@ def test_each_defect_does_to_a_row_what_it_says():
     assert seen(published.eos_unsupervised(ROW)) == ([1, 5, 6, 7], [X, X, X, 7])
     assert seen(published.bos_twice(ROW)) == ([1, 1, 5, 6, 7, 2], [X, X, X, X, 7, 2])
     assert published.eos_ends_prompt(ROW).prompt_ids == [1, 5, 6, 2]
-    whole = {d.name: d for d in published.DEFECTS}["recipe 2, all of it"]
-    assert seen(whole.train(ROW)) == ([1, 1, 5, 6, 7, 2], [X, 1, 5, 6, 7, 2])
-    assert whole.ask(ROW).prompt_ids == [1, 1, 5, 6, 2]
+    both = {d.name: d for d in published.DEFECTS}["recipe 2 together"]
+    assert seen(both.train(ROW)) == ([1, 5, 6, 7, 2], [X, 5, 6, 7, 2]) and both.ask(ROW).prompt_ids == [1, 5, 6, 2]
 
 
 def test_transformers_collator_overwrites_labels_as_labels_from_prompt_says():

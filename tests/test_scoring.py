@@ -9,6 +9,7 @@ import pytest
 import torch
 from rouge_score import rouge_scorer
 from sacrebleu.metrics import BLEU
+from sacrebleu.significance import PairedTest
 
 from src import data, experiments, scoring
 from tests.test_data import needs_mts, needs_samsum
@@ -123,6 +124,24 @@ def test_paired_test_sees_a_difference_and_none():
     assert same["difference"] == 0 and same["p"] == 1
     other = scoring.paired_test(worse, rows, every, 0)["ROUGE-1"]
     assert other["difference"] == pytest.approx(0.5) and other["p"] == pytest.approx(1 / 1001)
+
+
+def test_our_resamples_counted_as_sacrebleu_counts_give_its_p_value():
+    rng = random.Random(3)
+    references = [r or "well" for r in texts(2, n=150)]
+    worse, better = (
+        [" ".join(w if rng.random() < keep else rng.choice(WORDS) for w in r.split()) for r in references]
+        for keep in (0.70, 0.715)
+    )
+    one, two = (scoring.score_rows(p, references) for p in (worse, better))
+    systems = [("worse", worse), ("better", better)]
+    _, theirs = PairedTest(systems, {"BLEU": BLEU()}, [references], test_type="bs", n_samples=1000)()
+    ours = scoring.paired_test(one, two, np.arange(150), seed=0)["sacreBLEU"]
+    assert ours["difference"] == pytest.approx(theirs["BLEU"][1].score - theirs["BLEU"][0].score)
+    draws = scoring.resamples(150, 0)
+    drawn = np.abs(scoring.distribution(two, draws)["sacreBLEU"] - scoring.distribution(one, draws)["sacreBLEU"])
+    assert (drawn - drawn.mean() > ours["difference"]).mean() == pytest.approx(theirs["BLEU"][1].p_value, abs=0.06)
+    assert 0.1 < theirs["BLEU"][1].p_value < ours["p"]  # it counts one side only, we count both
 
 
 def test_leads_and_stock_answers_by_hand():
