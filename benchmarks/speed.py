@@ -5,8 +5,9 @@ Speed and memory do not depend on the values of weights or tokens, so nothing is
 
     python benchmarks/speed.py make-model FOLDER      once: 7.24 B random parameters, 14.5 GB on disk
     python benchmarks/speed.py FOLDER SETUP [...]     each setup in a process of its own; one JSON line each
-    python benchmarks/speed.py table                  the README's table from results/*.json
-    python benchmarks/speed.py lengths TOKENIZER      how samsum_lengths.json was made (needs data/raw/samsum)
+    python benchmarks/speed.py cpu                    the demo's training on a CPU, three ways to batch
+    python benchmarks/speed.py table                  the README's tables from results/*.json
+    python benchmarks/speed.py lengths                how samsum_lengths.json was made (needs data/raw/samsum)
 """
 
 import json
@@ -39,6 +40,12 @@ TRAIN = {  # setup: overrides of samsum_best; rows a step, steps, and what limit
     f"capped_{gib}": {"training.batch_size": 16, "training.max_steps": 12, "training.memory_gib": float(gib)} for gib in (15, 22, 38, 78)
 }  # fmt: skip
 
+CPU = {
+    "cpu_length_sorted": ("off", 16),
+    "cpu_shuffled": ("off", 1),
+    "cpu_packed": ("on", 16),
+}  # training.packing, batching.GROUP
+
 
 def make_model(folder: str):
     """Mistral-7B-Instruct-v0.2's shapes with random bfloat16 weights, and a tokenizer with enough tokens to stand in for its own."""
@@ -58,15 +65,14 @@ def make_model(folder: str):
             shutil.copy(HERE.parent / "data/demo/base" / name, folder)
 
 
-def lengths(tokenizer: str):
+def lengths():
     """Token counts of prompt and answer: 1,024 random training rows, the recipe's first 7,366, and the test rows."""
-    from src import data, experiments, prompts
-    from tests.conftest import sentencepiece_tokenizer
+    from src import data, experiments, prompts, published
 
     chat = {"prompt.instruction": "[INST] Summarize the following dialogue.\n", "prompt.cue": "[/INST]"}
     e = experiments.load_experiment("samsum", **{"prompt.style": "plain", **chat})
     data.prepare(e)
-    tok, sizes = sentencepiece_tokenizer(tokenizer, "first"), {}
+    tok, sizes = published.official_tokenizer("first"), {}
     for split in ("train", "test"):
         encoded = prompts.build_all(data.load_split(e, split), tok, e.prompt)
         sizes[split] = {r.id: [len(r.prompt_ids), len(r.answer_ids)] for r in encoded}
@@ -152,6 +158,42 @@ def train(folder: str, setup: str, part: str = "sample", overrides=None, warmup:
     }
 
 
+def cpu(setup: str) -> dict:
+    """The demo's first 60 steps on this machine's CPU; real tokens a second after 10 of them, and the share of the batches that is padding."""
+    import dataclasses
+
+    import torch
+
+    from src import batching, data, experiments, modeling, planner, prompts, training
+
+    packing, batching.GROUP = CPU[setup]
+    overrides = {"training.packing": packing, "training.max_steps": 60, "training.sample_rows": 0, "device": "cpu"}
+    e = experiments.load_experiment("demo", **overrides)
+    e = dataclasses.replace(e, name=f"benchmark_{setup}", training=dataclasses.replace(e.training, eval_steps=None))
+    data.prepare(e)
+    tokenizer = modeling.load_tokenizer(e)
+    encoded = prompts.build_all(data.train_rows(e), tokenizer, e.prompt)
+    sizes = [len(row.input_ids) for row in encoded]
+    batches = [
+        [sizes[i] for i in b] for b in batching.StepSampler(sizes, e.training.batch_size, 1, e.seed, packing == "on")
+    ]
+    computed = sum(sum(b) if packing == "on" else max(b) * len(b) for b in batches[:60])
+    shutil.rmtree(e.run_dir, ignore_errors=True)
+    training.train(e, modeling.add_adapter(modeling.load_base(e, tokenizer), e), tokenizer, encoded, encoded[:2])
+    log = [json.loads(line) for line in (e.run_dir / "train_log.jsonl").read_text(encoding="utf-8").splitlines()]
+    log = [row for row in log if "loss" in row and row["step"] >= 10]
+    shutil.rmtree(e.run_dir)
+    return {
+        "setup": setup,
+        "ours": True,
+        "tok_s": round((log[-1]["tokens"] - log[0]["tokens"]) / (log[-1]["seconds"] - log[0]["seconds"])),
+        "padding": round(1 - sum(map(sum, batches[:60])) / computed, 3),
+        "matmul_gflops": round(planner.matmul_rate(torch.device("cpu"), torch.float32) / 1e9),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
 def generate(folder: str, setup: str) -> dict:
     """New tokens a second: 64 for each of the 819 test prompts, prompts read included, from the base and from the fine-tuned model, through src.generation."""
     import torch
@@ -228,6 +270,16 @@ def job(folder: str) -> dict:
     }
 
 
+def cpu_table() -> str:
+    """The README's second table: the demo on a CPU."""
+    runs = {}
+    for r in json.loads((HERE / "results" / "cpu.json").read_text(encoding="utf-8")):
+        runs.setdefault((r["setup"], r["padding"]), []).append(f"{r['tok_s']:,}")
+    lines = ["| setup | tokens/s, every run | padding |", "|---|---|---|"]
+    lines += [f"| {setup} | {', '.join(speeds)} | {padding:.1%} |" for (setup, padding), speeds in runs.items()]
+    return "\n".join(lines)
+
+
 def table(path: Path = HERE / "results" / "h200.json") -> str:
     """The README's table: one line a setup."""
     lines = [
@@ -259,10 +311,15 @@ def table(path: Path = HERE / "results" / "h200.json") -> str:
 def main(arguments: list[str]) -> int:
     if arguments[:1] == ["make-model"]:
         make_model(arguments[1])
-    elif arguments[:1] == ["lengths"]:
-        lengths(arguments[1])
+    elif arguments == ["lengths"]:
+        lengths()
+    elif arguments == ["cpu"]:
+        for setup in CPU:
+            subprocess.run([sys.executable, __file__, "cpu", setup], check=False, timeout=400)
+    elif arguments[:1] == ["cpu"]:
+        print(json.dumps(cpu(arguments[1])), flush=True)
     elif arguments == ["table"]:
-        print(table())
+        print(f"{table()}\n\n{cpu_table()}")
     elif len(arguments) == 2:
         folder, setup = arguments
         result = (

@@ -77,6 +77,7 @@ def test_the_benchmark_table_is_made_from_the_committed_results():
 
     text = (experiments.ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
     assert text.split("<!-- table -->\n")[1].split("<!-- end -->")[0] == speed.table() + "\n"
+    assert text.split("<!-- cpu table -->\n")[1].split("<!-- cpu end -->")[0] == speed.cpu_table() + "\n"
     results = json.loads((experiments.ROOT / "benchmarks" / "results" / "h200.json").read_text(encoding="utf-8"))
     trained = [r for r in results if "predicted_gib" in r]
     assert len(trained) >= 8 and all(abs(r["predicted_gib"] / r["peak_gib"] - 1) <= 0.15 for r in trained)
