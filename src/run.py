@@ -25,6 +25,7 @@ def run(name: str, overrides: dict | None = None, notebooks=CHAIN):
             cwd=experiments.ROOT / "notebooks",
             kernel_name="python3",
             log_output=False,
+            extra_arguments=["--log-level=ERROR"],  # the kernel warns that it runs without encryption, on this machine only
         )
     return experiment
 
