@@ -129,7 +129,8 @@ def test_defects_that_train_alike_share_a_run(tmp_path, monkeypatch):
 
 
 def test_readme_tells_what_the_tables_hold():
-    table = pd.read_csv(ROOT / "outputs" / "published_recipes" / "defects.csv", index_col=0)
+    folder = ROOT / "outputs" / "published_recipes"
+    table = pd.read_csv(folder / "defects.csv", index_col=0)
     assert list(table.index) == [d.name for d in published.DEFECTS]
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     lines = [line.split(" | ") for line in readme.splitlines() if line.startswith("| ") and line.count(" | ") == 3]
@@ -137,3 +138,14 @@ def test_readme_tells_what_the_tables_hold():
     assert len(told) >= 10
     for name, value in told.items():
         assert value == table.loc[name, "ROUGE-L"], name
+    protocol = pd.read_csv(folder / "protocol.csv", index_col=0)["ROUGE-1"]
+    samsum = pd.read_csv(folder / "samsum.csv", index_col=0)["ROUGE-L stemmed"].str.split().str[0]
+    prose = " ".join(readme.split())
+    for start, value in {
+        "a perfect summariser gets ROUGE-1 ": protocol["perfect (the reference)"],
+        "one that says nothing ": protocol["silent (nothing)"],
+        "its published ": protocol["published: recipe 1"],
+        "the first three lines of a chat score ": float(samsum["LEAD-3"]),
+        "what one annotator scores against another (": float(samsum["one human against another"]),
+    }.items():
+        assert start + f"{value:.3f}".lstrip("0") in prose, start
