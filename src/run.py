@@ -25,7 +25,9 @@ def run(name: str, overrides: dict | None = None, notebooks=CHAIN):
             cwd=experiments.ROOT / "notebooks",
             kernel_name="python3",
             log_output=False,
-            extra_arguments=["--log-level=ERROR"],  # the kernel warns that it runs without encryption, on this machine only
+            extra_arguments=[
+                "--log-level=ERROR"
+            ],  # a warning of no encryption between processes of one machine otherwise
         )
     return experiment
 
