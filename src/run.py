@@ -25,9 +25,7 @@ def run(name: str, overrides: dict | None = None, notebooks=CHAIN):
             cwd=experiments.ROOT / "notebooks",
             kernel_name="python3",
             log_output=False,
-            extra_arguments=[
-                "--log-level=ERROR"
-            ],  # a warning of no encryption between processes of one machine otherwise
+            extra_arguments=["--log-level=ERROR"],  # else it warns of sockets without encryption
         )
     return experiment
 
