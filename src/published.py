@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 import transformers
 
-from src import data, experiments, generation, modeling, prompts, scoring, training
+from src import data, experiments, generation, modeling, prompts, reporting, scoring, training
 
 SEEDS = (1, 2, 3)
 STUDENT = {
@@ -271,6 +271,7 @@ def measure(settings: dict, defects=DEFECTS, seeds=SEEDS) -> pd.DataFrame:
     tokenizer, records = modeling.load_tokenizer(demo), data.eval_rows(demo)
     splits = data.train_rows(demo), data.validation_rows(demo), records
     train, validation, asked = (prompts.build_all(rows, tokenizer, demo.prompt) for rows in splits)
+    inputs = {"data": data.fingerprint(demo), "base_model": modeling.fingerprint(demo)}
     runs, found = {}, {}
     for defect in defects:
         runs.setdefault((str(defect.overrides), defect.train), []).append(defect)
@@ -292,6 +293,7 @@ def measure(settings: dict, defects=DEFECTS, seeds=SEEDS) -> pd.DataFrame:
                         tokenizer,
                         [change(row) for row in train],
                         [change(row) for row in validation],
+                        inputs=inputs,
                     )
                 for defect in alike:
                     answers = answer(defect, experiment, model, tokenizer, [defect.ask(row) for row in asked])
@@ -340,33 +342,36 @@ def generate_right_padded(model, tokenizer, rows, experiment) -> list[dict]:
     return results
 
 
-def costs(measured: pd.DataFrame, column: str = "ROUGE-L") -> pd.DataFrame:
+def costs(measured: pd.DataFrame) -> pd.DataFrame:
     """One row a defect: mean over the seeds and difference from "corrected", each with a 95% interval (Student's t over seeds).
 
     Differences are paired by seed. With three seeds the interval is 2.48 standard deviations on each side: wide, and honest.
     """
     order = measured["defect"].unique()
-    by_seed = measured.pivot(index="defect", columns="seed", values=column).loc[order]
+    by_seed = measured.pivot(index="defect", columns="seed", values="ROUGE-L").loc[order]
     table = {}
-    for name, values in ((column, by_seed), ("difference", by_seed - by_seed.loc["corrected"])):
+    for name, values in (("ROUGE-L", by_seed), ("difference", by_seed - by_seed.loc["corrected"])):
         mean, half = values.mean(axis=1), STUDENT[values.shape[1]] * values.std(axis=1) / math.sqrt(values.shape[1])
         table |= {name: mean, f"{name} low": mean - half, f"{name} high": mean + half}
     table["ended by EOS"] = measured.groupby("defect")["ended by EOS"].mean()
     return pd.DataFrame(table).loc[order]
 
 
-def explained(table: pd.DataFrame, column: str = "ROUGE-L") -> pd.DataFrame:
+def explained(table: pd.DataFrame) -> pd.DataFrame:
     """The table of `costs` for readers: what is published, what it costs, what is done instead and why."""
     rows = {}
     for defect in DEFECTS:
         row = table.loc[defect.name]
         value, difference = (
-            f"{row[name]:.3f} [{row[f'{name} low']:.3f}, {row[f'{name} high']:.3f}]" for name in (column, "difference")
+            {"value": row[name], "low": row[f"{name} low"], "high": row[f"{name} high"]}
+            for name in ("ROUGE-L", "difference")
         )
+        if defect.train is None:  # no seed changes it
+            value["low"] = None
         rows[defect.name] = {
             "source": defect.source,
-            column: value if defect.train else f"{row[column]:.3f}",  # untrained: no seed changes it
-            "difference": difference if defect.name != "corrected" else "",
+            "ROUGE-L": reporting.interval(value, 3),
+            "difference": reporting.interval(difference, 3) if defect.name != "corrected" else "",
             "ended by EOS": f"{row['ended by EOS']:.0%}",
             "published": defect.published,
             "corrected": defect.corrected,
@@ -375,21 +380,19 @@ def explained(table: pd.DataFrame, column: str = "ROUGE-L") -> pd.DataFrame:
     return pd.DataFrame(rows).T.rename_axis("defect")
 
 
-def cost_plot(measured: pd.DataFrame, column: str = "ROUGE-L"):
+def cost_plot(measured: pd.DataFrame):
     """Every seed's score of every defect, its mean, and the corrected mean as a line."""
-    from src import reporting
-
     order = list(measured["defect"].unique())[::-1]
     fig, (axis,) = reporting.figure(height=0.34 * len(order) + 0.8)
-    mean = measured.groupby("defect")[column].mean()
+    mean = measured.groupby("defect")["ROUGE-L"].mean()
     axis.axvline(mean["corrected"], color=reporting.COLORS["reference"], lw=1)
     colors = {"corrected": reporting.COLORS["finetuned"], "base model": reporting.COLORS["reference"]}
     for y, name in enumerate(order):
         color = colors.get(name, reporting.COLORS["base"])
         axis.plot([mean[name]] * 2, [y - 0.3, y + 0.3], color=color, lw=2)
-        values = measured.loc[measured["defect"] == name, column]
+        values = measured.loc[measured["defect"] == name, "ROUGE-L"]
         axis.plot(values, [y] * len(values), "o", ms=5, alpha=0.7, color=color)
-    axis.set(xlabel=f"{column} (F1, 0-1, unstemmed): a dot a seed, a bar their mean", xlim=(0, None))
+    axis.set(xlabel="ROUGE-L (F1, 0-1, unstemmed): a dot a seed, a bar their mean", xlim=(0, None))
     axis.set_yticks(range(len(order)), order)
     axis.grid(axis="x", color="#e5e5e5", lw=0.8)
     axis.set_axisbelow(True)
@@ -399,7 +402,7 @@ def cost_plot(measured: pd.DataFrame, column: str = "ROUGE-L"):
 # ---------------------------------------------------------------- people's fact scores
 
 
-def agreement(released: list[dict], manual: list[dict], seed: int = 0) -> pd.DataFrame:
+def agreement(released: list[dict], manual: list[dict]) -> pd.DataFrame:
     """Pearson's r of each automatic score with what people found in the same summaries, with 95% bootstrap intervals over dialogues.
 
     `released`, `manual`: rows of `data.released_outputs` and `data.manual_scores`, system after system.
@@ -415,7 +418,7 @@ def agreement(released: list[dict], manual: list[dict], seed: int = 0) -> pd.Dat
     }
     dialogues = len({row["ID"] for row in released})
     positions = np.arange(len(released)).reshape(-1, dialogues)  # systems x dialogues
-    draws = [positions[:, draw].ravel() for draw in scoring.resamples(dialogues, seed)]
+    draws = [positions[:, draw].ravel() for draw in scoring.resamples(dialogues, seed=0)]
     table = {}
     for name, values in scores.items():
         values = np.nan_to_num(np.asarray(values, dtype=float))  # a summary of one word has no bigram

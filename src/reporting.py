@@ -71,15 +71,20 @@ def results_table(metrics: dict, columns=None, clean: bool = False) -> pd.DataFr
     rows = {}
     for name, system in metrics["systems"].items():
         scores = system["clean" if clean else "all"] or system["all"]
-        rows[SYSTEMS.get(name, name)] = {"n": metrics["n_clean" if clean else "n"]} | {
-            column: _interval(score, 1 if column == "sacreBLEU" else 3)
-            for column, score in scores.items()
-            if not columns or column in columns
-        }
+        rows[SYSTEMS.get(name, name)] = {"n": metrics["n_clean" if clean else "n"]} | _cells(scores, columns)
     return pd.DataFrame(rows).T.rename_axis("system")
 
 
-def _interval(score: dict, digits: int) -> str:
+def _cells(scores: dict, columns) -> dict[str, str]:
+    return {
+        column: interval(score, 1 if column == "sacreBLEU" else 3)
+        for column, score in scores.items()
+        if not columns or column in columns
+    }
+
+
+def interval(score: dict, digits: int) -> str:
+    """A score {"value", "low", "high"} as text: value [low, high]; the value alone where low is None."""
     value = f"{score['value']:.{digits}f}"
     return value if score["low"] is None else f"{value} [{score['low']:.{digits}f}, {score['high']:.{digits}f}]"
 
@@ -93,12 +98,7 @@ def published_table(dataset: str) -> pd.DataFrame:
 def others_table(others: dict, columns=None) -> pd.DataFrame:
     """Other systems' and people's summaries, scored here by the same functions; each on its own rows (metrics["others"])."""
     rows = {
-        name: {"split": other["split"], "n": other["n"]}
-        | {
-            c: _interval(s, 1 if c == "sacreBLEU" else 3)
-            for c, s in other["all"].items()
-            if not columns or c in columns
-        }
+        name: {"split": other["split"], "n": other["n"]} | _cells(other["all"], columns)
         for name, other in others.items()
     }
     return pd.DataFrame(rows).T.rename_axis("system")
@@ -111,7 +111,7 @@ def paired_table(metrics: dict) -> pd.DataFrame:
         for column, test in columns.items():
             digits = 1 if column == "sacreBLEU" else 3
             rows[(subset, column)] = {
-                "difference": _interval({"value": test["difference"], **test}, digits),
+                "difference": interval({"value": test["difference"], **test}, digits),
                 "p": f"{test['p']:.3f}",
             }
     return pd.DataFrame(rows).T.rename_axis(["rows", "column"])
@@ -131,8 +131,8 @@ def section_table(metrics: dict, column: str = "ROUGE-L") -> pd.DataFrame:
     rows = {
         s: {
             "n": base[s]["n"],
-            "base": _interval(base[s][column], 3),
-            "fine-tuned": _interval(tuned[s][column], 3),
+            "base": interval(base[s][column], 3),
+            "fine-tuned": interval(tuned[s][column], 3),
         }
         for s in base
     }
@@ -158,7 +158,7 @@ def runs_table(dataset: str) -> pd.DataFrame:
             "learning rate": config["training"]["learning_rate"],
             "epochs": config["training"]["epochs"],
             "seed": config["seed"],
-            **{c: _interval(tuned[c], 1 if c == "sacreBLEU" else 3) for c in ("ROUGE-1", "ROUGE-L", "sacreBLEU")},
+            **{c: interval(tuned[c], 1 if c == "sacreBLEU" else 3) for c in ("ROUGE-1", "ROUGE-L", "sacreBLEU")},
         }
     return pd.DataFrame(rows).T.rename_axis("run")
 
@@ -252,7 +252,7 @@ def model_card(experiment, manifest: dict, metrics: dict) -> str:
     """README.md of the adapter: what it is, how it was trained, what it scores, what it is not for."""
     tuned, base = (metrics["systems"][name]["all"] for name in ("finetuned", "base"))
     scores = "\n".join(
-        f"| {c} | {_interval(base[c], 3)} | {_interval(tuned[c], 3)} |"
+        f"| {c} | {interval(base[c], 3)} | {interval(tuned[c], 3)} |"
         for c in ("ROUGE-1", "ROUGE-2", "ROUGE-L", "sacreBLEU")
     )
     return f"""---

@@ -29,7 +29,7 @@ def run(tmp_path, monkeypatch):
     experiments.save_config(e)
     for name, rows in predictions.items():
         experiments.write_jsonl(e.run_dir / "predictions" / f"{name}.jsonl", rows)
-    experiments.write_json(e.run_dir / "metrics.json", scoring.evaluate_run(e, predictions, records, records))
+    experiments.write_json(e.run_dir / "metrics.json", scoring.evaluate_run(e, predictions, records, records, (), {}))
     return e
 
 
