@@ -67,22 +67,25 @@ def make_model(folder: str):
 
 def lengths():
     """Token counts of prompt and answer: 1,024 random training rows, the recipe's first 7,366, and the test rows."""
-    from src import data, experiments, prompts, published
+    from src import data, experiments, published
 
-    chat = {"prompt.instruction": "[INST] Summarize the following dialogue.\n", "prompt.cue": "[/INST]"}
-    e = experiments.load_experiment("samsum", **{"prompt.style": "plain", **chat})
+    e = experiments.load_experiment("samsum")
     data.prepare(e)
-    tok, sizes = published.official_tokenizer("first"), {}
-    for split in ("train", "test"):
-        encoded = prompts.build_all(data.load_split(e, split), tok, e.prompt)
-        sizes[split] = {r.id: [len(r.prompt_ids), len(r.answer_ids)] for r in encoded}
-    shuffled = [row["id"] for row in data.read_rows(data.source_files(e)["train"])]
+    tok = published.official_tokenizer("first")
+
+    def sizes(row):
+        prompt = f"[INST] Summarize the following dialogue.\n\n{row['dialogue']} [/INST]"
+        return [
+            len(tok(prompt)["input_ids"]),
+            len(tok(f" {row['summary']}", add_special_tokens=False)["input_ids"]) + 1,
+        ]
+
+    shuffled = data.read_rows(data.source_files(e)["train"])
     random.Random(0).shuffle(shuffled)
-    train = list(sizes["train"].values())
     found = {
-        "sample": [sizes["train"][i] for i in shuffled[:1024]],
-        "train": train[:7366],
-        "test": list(sizes["test"].values()),
+        "sample": [sizes(row) for row in shuffled[:1024]],
+        "train": [sizes(row) for row in data.load_split(e, "train")[:7366]],
+        "test": [sizes(row) for row in data.load_split(e, "test")],
     }
     (HERE / "samsum_lengths.json").write_text(json.dumps(found, separators=(",", ":")) + "\n", encoding="utf-8")
 

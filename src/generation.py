@@ -3,6 +3,7 @@
 import sys
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -35,7 +36,7 @@ def generation_config(experiment, tokenizer):
 
 @torch.inference_mode()
 def generate(model, tokenizer, rows, experiment, label: str = "", progress: bool = True) -> list[dict]:
-    """Answer every prompt of `rows` (prompts.Encoded). Sorted by length, left-padded, so that little is padding.
+    """Answer every prompt of `rows` (prompts.Encoded), as many at a time as memory holds, longest first.
 
     Returns, in the order of `rows`: {"id", "prediction", "tokens", "stop", "prompt_tokens", "cut_tokens"}; `tokens` counts
     new tokens with EOS, `stop` is "eos" or "length" (max_new_tokens reached). The answer starts at a token position:
@@ -44,14 +45,15 @@ def generate(model, tokenizer, rows, experiment, label: str = "", progress: bool
     was_training = model.training
     model.eval()
     config = generation_config(experiment, tokenizer)
+    decode = _decode_flat if flat(model, experiment) else _decode
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].prompt_ids))
     results, start, most = [None] * len(rows), 0, experiment.generation.batch_size
     bar = tqdm(total=len(rows), desc=f"generate {label}".strip(), unit="row", disable=not progress, file=sys.stdout)
     while start < len(rows):
-        size = most or batch_size(model, len(rows[order[start]].prompt_ids), experiment)
+        size = most or batch_size(model, [len(rows[i].prompt_ids) for i in order[start:]], experiment)
         chosen = order[start : start + size]
         try:
-            decoded = _decode(model, tokenizer, [rows[i].prompt_ids for i in chosen], config, experiment.seed + start)
+            decoded = decode(model, [rows[i].prompt_ids for i in chosen], config, experiment.seed + start, bar)
         except torch.OutOfMemoryError:
             decoded = None
         if decoded is None:  # outside of `except`, which still holds the failed batch's tensors
@@ -67,7 +69,7 @@ def generate(model, tokenizer, rows, experiment, label: str = "", progress: bool
         for i, new in zip(chosen, decoded, strict=True):
             results[i] = answer(rows[i], new, tokenizer)
         start += len(chosen)
-        bar.update(len(chosen))
+        bar.update(start - bar.n)
     bar.close()
     model.train(was_training)
     return results
@@ -87,82 +89,136 @@ def answer(row, new: list[int], tokenizer) -> dict:
     }
 
 
-def batch_size(model, longest: int, experiment) -> int:
-    """Prompts of at most `longest` tokens decoded together: 64 on a CPU, on a GPU what half of its free memory holds, at most 512."""
+def flat(model, experiment) -> bool:
+    """Whether prompts are decoded without padding (`_decode_flat`): greedily, where variable-length flash attention runs."""
+    g = experiment.generation
+    greedy = g.num_beams == 1 and not g.do_sample and not g.no_repeat_ngram_size
+    return greedy and kernels.has_varlen(model.device)
+
+
+def batch_size(model, lengths: list[int], experiment) -> int:
+    """How many of the prompts, in tokens and longest first, to decode together: 64 on a CPU; what half of a GPU's free memory holds, at most 1,024."""
     if model.device.type != "cuda":
         return 64
     c, g = model.config, experiment.generation
     heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
     width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    cache = (longest + g.max_new_tokens) * 2 * 2 * c.num_hidden_layers * heads * width  # 16-bit keys and values
-    return int(min(512, max(1, modeling.free_bytes(model.device) / 2 // (g.num_beams * (cache + 8 * c.vocab_size)))))
+    token = 2 * 2 * c.num_hidden_layers * heads * width  # bytes of 16-bit keys and values
+    left, size, padded = modeling.free_bytes(model.device) / 2, 0, not flat(model, experiment)
+    for length in lengths[:1024]:
+        tokens = (lengths[0] if padded else length) + g.max_new_tokens
+        left -= g.num_beams * (tokens * token + 8 * c.vocab_size)
+        if left < 0:
+            break
+        size += 1
+    return max(1, size)
 
 
-def _decode(model, tokenizer, prompts: list[list[int]], config, seed: int) -> list[list[int]]:
-    """New token ids of each prompt; may hold padding after EOS."""
+def _decode(model, prompts: list[list[int]], config, seed: int, bar=None) -> list[list[int]]:
+    """New token ids of each prompt, by transformers' `generate` on left-padded prompts; may hold padding after EOS."""
     width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), tokenizer.pad_token_id)
+    ids = torch.full((len(prompts), width), config.pad_token_id)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
     ids, mask = ids.to(model.device), mask.to(model.device)
-    cache = {}
-    if config.num_beams == 1 and kernels.has_varlen(model.device):
-        cache["past_key_values"] = prefill(model, prompts, width, config.max_new_tokens)
     with torch.random.fork_rng(enabled=config.do_sample):  # sampling must not move the random numbers of training
         if config.do_sample:
             torch.manual_seed(seed)
-        output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, **cache)
+        output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
     return output[:, width:].tolist()
 
 
-class _RoomyLayer(DynamicLayer):
-    """A cache layer that grows into memory set aside for it; transformers' own copies everything at every token."""
+class _FlatLayer(DynamicLayer):
+    """One layer's keys and values of all rows, laid end to end (1, kv heads, slots, d): a stretch of slots for each row, no padding."""
 
-    def reserve(self, keys, values, used: int):
-        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-        self.reserved = keys, values
-        self.keys, self.values = keys[:, :, :used], values[:, :, :used]
+    def __init__(self, slots: int):
+        super().__init__()
+        self.slots, self.new = slots, None  # `new`: the slots of the tokens of the coming forward pass
 
     def update(self, key_states, value_states, *args, **kwargs):
-        used = self.keys.shape[2]
-        new = slice(used, used + key_states.shape[2])
-        keys, values = self.reserved
-        keys[:, :, new], values[:, :, new] = key_states, value_states
-        self.keys, self.values = keys[:, :, : new.stop], values[:, :, : new.stop]
+        if not self.is_initialized:
+            shape = (self.slots, key_states.shape[1], key_states.shape[3])  # as flash attention reads them
+            self.stored = key_states.new_zeros(shape), value_states.new_zeros(shape)
+            self.keys, self.values = (x.transpose(0, 1)[None] for x in self.stored)
+            self.is_initialized = True
+        for stored, states in zip(self.stored, (key_states, value_states), strict=True):
+            stored.index_copy_(0, self.new, states[0].transpose(0, 1))
         return self.keys, self.values
 
 
-@torch.no_grad()
-def prefill(model, prompts: list[list[int]], width: int, max_new_tokens: int) -> DynamicCache:
-    """The cache of all prompt tokens but the last, left-padded to width - 1, computed on packed prompts without any padding."""
-    decoder, filled, count = model.get_base_model().base_model, DynamicCache(), len(prompts)
-    start = 0
+class FlatCache(DynamicCache):
+    """Keys and values of rows of different lengths without padding. `room` (rows,): the most tokens each row will hold.
+
+    `stretch` gives attention what it needs to know. A row that is finished is left out of it and costs nothing any more;
+    the others stay where they are.
+    """
+
+    def __init__(self, config, room: torch.Tensor):
+        super().__init__()
+        self.begin = F.pad(room.cumsum(0), (1, 0))  # (rows + 1,)
+        self.layers = [_FlatLayer(int(room.sum())) for _ in range(config.num_hidden_layers)]
+
+    def stretch(self, rows: torch.Tensor, used: torch.Tensor, new: torch.Tensor) -> dict:
+        """The attention arguments for `rows` (ascending) that hold `used` tokens each with those at the slots `new`, which are written."""
+        for layer in self.layers:
+            layer.new = new
+        begin = torch.cat((self.begin[rows], self.begin[-1:]))
+        return {"past_key_values": self, "use_cache": True, "cu_seq_lens_k": begin.int(), "seqused_k": used.int()}
+
+
+def _decode_flat(model, prompts: list[list[int]], config, seed: int, bar=None) -> list[list[int]]:
+    """New token ids of each prompt, the likeliest at every step. No token of padding is computed, and no row after its EOS.
+
+    In place of transformers' `generate`, which pads prompts and cache to the longest row and goes on with finished rows.
+    """
+    device, count = model.device, len(prompts)
+    lengths = torch.tensor([len(p) for p in prompts])
+    cache = FlatCache(model.config, (lengths + config.max_new_tokens).to(device))
+
+    def likeliest(step, **inputs):
+        logits = model(**inputs).logits[0]
+        if step < (config.min_new_tokens or 0):
+            logits[:, config.eos_token_id] = -torch.inf
+        return logits.argmax(-1)
+
+    first, start = [], 0
     while start < count:
-        stop, tokens = start, 0
-        while stop < count and (stop == start or tokens + len(prompts[stop]) <= PREFILL):
-            tokens += len(prompts[stop])
+        stop = start + 1
+        while stop < count and lengths[start : stop + 1].sum() <= PREFILL:
             stop += 1
-        lengths = [len(p) - 1 for p in prompts[start:stop]]
-        flat = [i for p in prompts[start:stop] for i in p[:-1]]
-        part = DynamicCache()
-        if flat:
-            inputs = batching.flat_rows(flat, [n for n in lengths if n])
-            inputs = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in inputs.items()}
-            decoder(**inputs, past_key_values=part, use_cache=True)
-        row = torch.repeat_interleave(torch.arange(start, stop), torch.tensor(lengths)).to(model.device)
-        column = torch.cat([torch.arange(width - 1 - n, width - 1) for n in lengths]).to(model.device)
-        for number, layer in enumerate(part.layers):
-            if start == 0:
-                shape = (count, layer.keys.shape[1], width + max_new_tokens + 8, layer.keys.shape[3])
-                filled.layers.append(_RoomyLayer())
-                filled.layers[-1].reserve(layer.keys.new_zeros(shape), layer.values.new_zeros(shape), width - 1)
-            keys, values = filled.layers[number].reserved
-            keys[row, :, column] = layer.keys[0].transpose(0, 1)
-            values[row, :, column] = layer.values[0].transpose(0, 1)
+        inputs = batching.flat_rows([i for p in prompts[start:stop] for i in p], lengths[start:stop].tolist())
+        inputs = {k: v.to(device) if torch.is_tensor(v) else v for k, v in inputs.items()}
+        own, rows = lengths[start:stop].to(device), torch.arange(start, stop, device=device)
+        new = torch.repeat_interleave(cache.begin[rows], own) + inputs["position_ids"][0]
+        last = inputs["cu_seq_lens_q"][1:].long() - 1
+        first.append(likeliest(0, **inputs | cache.stretch(rows, own, new), logits_to_keep=last))
         start = stop
-    return filled
+
+    rows, used, tokens = torch.arange(count, device=device), lengths.to(device), torch.cat(first)
+    found = torch.full((count, config.max_new_tokens), config.pad_token_id, device=device)
+    longest = int(lengths.max())
+    for step in range(1, config.max_new_tokens + 1):
+        found[rows, step - 1] = tokens
+        going = tokens != config.eos_token_id
+        rows, used, tokens = rows[going], used[going], tokens[going]
+        if bar is not None:
+            bar.update(len(going) - len(rows))
+        if not len(rows) or step == config.max_new_tokens:
+            break
+        each = torch.arange(len(rows) + 1, device=device, dtype=torch.int32)  # a query a row
+        tokens = likeliest(
+            step,
+            input_ids=tokens[None],
+            position_ids=used[None],
+            cu_seq_lens_q=each,
+            max_length_q=1,
+            max_length_k=longest + step,
+            **cache.stretch(rows, used + 1, cache.begin[rows] + used),
+        )
+        used = used + 1
+    return found.tolist()
 
 
 def predict(model, tokenizer, records, rows, experiment) -> dict[str, list[dict]]:

@@ -32,47 +32,54 @@ def has_varlen(device: torch.device) -> bool:
 
 
 def varlen_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs):
-    """A transformers attention function. query (batch, heads, T, d); key and value may have fewer heads (grouped queries).
+    """A transformers attention function. query (batch, heads, T, d); key and value (batch, kv heads, S, d), grouped queries allowed.
 
-    Packed rows (batch 1 with cu_seq_lens_q): variable-length flash attention, or sdpa with a block mask without CUDA. One new
-    token per row (decoding): grouped products that read the cache once. Anything else: transformers' sdpa.
+    Packed rows (batch 1 with the `cu_seq_lens_q` and `_k` of `batching.flat_rows`): variable-length flash attention, or sdpa with
+    a block mask without CUDA. `seqused_k` (rows,): how many keys of each row's stretch of a cache count (`generation.FlatCache`).
+    Anything else: transformers' sdpa.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    starts, longest = kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q")
-    if starts is None and query.shape[2] == 1 and query.shape[1] != key.shape[1]:
-        return _decode_attention(query, key, value, attention_mask, scaling), None
-    if starts is None or not query.is_cuda:
-        if starts is not None:
-            attention_mask = block_mask(starts, query.shape[2], sliding_window)
+    starts, used = kwargs.get("cu_seq_lens_q"), kwargs.get("seqused_k")
+    if starts is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    from torch.nn.attention.varlen import varlen_attn
-
+    starts_k = kwargs["cu_seq_lens_k"]
+    if not query.is_cuda:
+        mask = block_mask(starts, starts_k, used, query.shape[2], key.shape[2], sliding_window)
+        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
     q, k, v = (x.squeeze(0).transpose(0, 1).contiguous() for x in (query, key, value))
-    # torch 2.11 takes grouped heads as they are, later releases want to be told
-    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-    window = (sliding_window - 1 if sliding_window else -1, 0)
-    out = varlen_attn(q, k, v, starts, starts, longest, longest, scale=scaling, window_size=window, **grouped)
+    longest, longest_k = kwargs["max_length_q"], kwargs["max_length_k"]
+    window = (sliding_window - 1 if sliding_window and sliding_window < longest_k else -1, 0)
+    if used is None:
+        from torch.nn.attention.varlen import varlen_attn
+
+        # torch 2.11 takes grouped heads as they are, later releases want to be told
+        grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+        out = varlen_attn(q, k, v, starts, starts_k, longest, longest_k, scale=scaling, window_size=window, **grouped)
+    else:  # the operator below varlen_attn, which has no seqused_k in torch 2.11
+        if longest == 1 and window[0] == -1:
+            window = (-1, -1)  # one query sees every key, causal or not; so told, the kernel reads a group's keys once
+        out = torch.ops.aten._flash_attention_forward(
+            q, k, v, starts, starts_k, longest, longest_k, 0.0, window == (-1, 0), False,
+            scale=scaling, window_size_left=window[0], window_size_right=window[1], seqused_k=used,
+        )[0]  # fmt: skip
     return out.unsqueeze(0), None
 
 
-def _decode_attention(query, key, value, mask, scaling) -> torch.Tensor:
-    """(batch, 1, heads, d): every query head against its group's keys, without repeating keys and values."""
-    batch, heads, _, d = query.shape
-    grouped = query.view(batch, key.shape[1], -1, d)
-    scores = grouped @ key.transpose(2, 3) * (scaling or d**-0.5)
-    if mask is not None:
-        mask = mask[..., : key.shape[2]]
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
-    weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
-    return (weights @ value).reshape(batch, 1, heads, d)
+def block_mask(starts, starts_k, used, queries: int, keys: int, window: int | None = None) -> torch.Tensor:
+    """(1, 1, queries, keys) boolean: causal within each row, at most `window` tokens back, nothing across rows.
 
-
-def block_mask(starts: torch.Tensor, length: int, window: int | None = None) -> torch.Tensor:
-    """(1, 1, T, T) boolean: causal within each row, at most `window` tokens back, nothing across rows."""
-    row = torch.bucketize(torch.arange(length, device=starts.device), starts, right=True)
-    same = torch.tril(row[:, None] == row[None])
-    return (torch.triu(same, 1 - window) if window else same)[None, None]
+    starts, starts_k (rows + 1,): where each row's queries and keys begin; used (rows,): how many of its keys count, None for as
+    many as it has queries. A row's last query is at the position of its last key.
+    """
+    ends = starts[1:] - starts[:-1] if used is None else used
+    i, j = torch.arange(queries, device=starts.device), torch.arange(keys, device=starts.device)
+    row = torch.bucketize(i, starts, right=True) - 1
+    at = ends[row] - (starts[1:][row] - i)  # the position in its row of every query, and of every key
+    row_k = torch.bucketize(j, starts_k, right=True) - 1
+    at_k = j - starts_k[row_k]
+    seen = (row[:, None] == row_k) & (at_k <= at[:, None])
+    return (seen & (at_k > at[:, None] - window) if window else seen)[None, None]
 
 
 def register():
@@ -127,15 +134,19 @@ class Group:
         parts = zip(self.layers, self.bs, u.split(self.ranks, 1), strict=True)
         return [(part @ b.t()).addmm_(x, layer.weight(x.dtype).t()) for layer, b, part in parts]
 
-    def backward(self, x, u, grads) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """dx and the gradients of `factors`, from those of the projections; the products with W are added onto one dx."""
+    def input_gradient(self, grads) -> tuple[torch.Tensor, torch.Tensor]:
+        """(dx, du) from the gradients of the projections; the products with W are added onto one dx."""
         du = torch.cat([g @ b for g, b in zip(grads, self.bs, strict=True)], 1).mul_(self.scale)
-        das = (du.t() @ x).float().split(self.ranks)
-        dbs = [(g.t() @ part).float() for g, part in zip(grads, u.split(self.ranks, 1), strict=True)]
         dx = du @ self.a
         for g, layer in zip(grads, self.layers, strict=True):
-            dx.addmm_(g, layer.weight(x.dtype))
-        return dx, [f for pair in zip(das, dbs, strict=True) for f in pair]
+            dx.addmm_(g, layer.weight(dx.dtype))
+        return dx, du
+
+    def factor_gradients(self, x, u, du, grads) -> list[torch.Tensor]:
+        """The gradients of `factors`, in float32."""
+        das = (du.t() @ x).float().split(self.ranks)
+        dbs = [(g.t() @ part).float() for g, part in zip(grads, u.split(self.ranks, 1), strict=True)]
+        return [f for pair in zip(das, dbs, strict=True) for f in pair]
 
 
 class SharedInput(torch.autograd.Function):
@@ -152,8 +163,9 @@ class SharedInput(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         flat, u = ctx.saved_tensors
-        dx, dfactors = ctx.group.backward(flat, u, [g.reshape(-1, g.shape[-1]) for g in grads])
-        return dx.view(ctx.shape), None, *dfactors
+        grads = [g.reshape(-1, g.shape[-1]) for g in grads]
+        dx, du = ctx.group.input_gradient(grads)
+        return dx.view(ctx.shape), None, *ctx.group.factor_gradients(flat, u, du, grads)
 
 
 class GatedMLP(torch.autograd.Function):
@@ -175,11 +187,14 @@ class GatedMLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         flat, gate, up, u, v = ctx.saved_tensors
-        h = gated(gate, up)
-        dh, outer = ctx.outer.backward(h, v, [grad.reshape(-1, grad.shape[-1])])
+        grads = [grad.reshape(-1, grad.shape[-1])]
+        dh, dv = ctx.outer.input_gradient(grads)
+        h, *dgates = gated_backward(dh, gate, up)
+        del dh
+        outer = ctx.outer.factor_gradients(h, v, dv, grads)
         del h
-        dx, inner = ctx.inner.backward(flat, u, gated_backward(dh, gate, up))
-        return dx.view(ctx.shape), None, None, *inner, *outer
+        dx, du = ctx.inner.input_gradient(dgates)
+        return dx.view(ctx.shape), None, None, *ctx.inner.factor_gradients(flat, u, du, dgates), *outer
 
 
 _recomputing = False
@@ -205,10 +220,11 @@ def _gated(gate, up):
 
 
 def _gated_backward(dh, gate, up):
-    gate32, dh32 = gate.float(), dh.float()
+    gate32, up32, dh32 = gate.float(), up.float(), dh.float()
     sigmoid = torch.sigmoid(gate32)
-    dgate = dh32 * up.float() * sigmoid * (1 + gate32 * (1 - sigmoid))
-    return dgate.to(gate.dtype), (dh32 * gate32 * sigmoid).to(gate.dtype)
+    silu = gate32 * sigmoid
+    dgate = dh32 * up32 * sigmoid * (1 + gate32 * (1 - sigmoid))
+    return (silu * up32).to(gate.dtype), dgate.to(gate.dtype), (dh32 * silu).to(gate.dtype)
 
 
 _compiled = {}
@@ -217,7 +233,7 @@ _compiled = {}
 def _on_cuda(function, *arguments):
     """The element-wise function as one kernel on CUDA (torch.compile, any number of tokens), as it stands elsewhere.
 
-    Tensors have their tokens in dimension 0 (matrices) or 2 (heads), or 1 (rotary tables).
+    Tensors have their tokens in dimension 0 (matrices) or 1 (heads and rotary tables).
     """
     if not arguments[0].is_cuda:
         return function(*arguments)
@@ -225,15 +241,17 @@ def _on_cuda(function, *arguments):
         _compiled[function] = torch.compile(function)
     for x in arguments:
         if torch.is_tensor(x) and x.ndim > 1:
-            torch._dynamo.maybe_mark_dynamic(x, {2: 0, 3: 1, 4: 2}[x.ndim])
+            torch._dynamo.maybe_mark_dynamic(x, 0 if x.ndim == 2 else 1)
     return _compiled[function](*arguments)
 
 
 def gated(gate, up):
-    return _on_cuda(_gated, gate, up)
+    """silu(gate) * up; in generation as transformers computes it, whose many shapes are not worth compiling for."""
+    return F.silu(gate).mul_(up) if torch.is_inference_mode_enabled() else _on_cuda(_gated, gate, up)
 
 
 def gated_backward(dh, gate, up):
+    """silu(gate) * up once more, and the gradients of gate and up, from that of the product."""
     return _on_cuda(_gated_backward, dh, gate, up)
 
 
@@ -247,12 +265,17 @@ def _rotary(q, k, cos, sin):
         a, b = x.chunk(2, -1)
         return torch.cat((-b, a), -1)
 
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
     return q * cos + turned(q) * sin, k * cos + turned(k) * sin
 
 
 def rotary(q, k, cos, sin, unsqueeze_dim=1):
-    return _on_cuda(_rotary, q, k, cos, sin) if torch.is_grad_enabled() else _rotary(q, k, cos, sin)
+    """Rotary embedding of q and k (batch, heads, T, d), worked on as (batch, T, heads, d): so the projections wrote them, and
+    so attention reads them, and nothing is copied on the way.
+    """
+    function = (lambda *x: _on_cuda(_rotary, *x)) if torch.is_grad_enabled() else _rotary
+    q, k = function(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+    return q.transpose(1, 2), k.transpose(1, 2)
 
 
 def fusable(module) -> bool:

@@ -69,8 +69,8 @@ def memory(
     activations = s["layers"] * layer
     if (
         checkpointing
-    ):  # the layers' inputs; then the logits, or one layer with the gradients of its gate, up and product
-        activations = s["layers"] * 2 * tokens * h + max(layer + 2 * tokens * 3 * i, logits)
+    ):  # the layers' inputs; then the logits, or one layer with its product and the gradients of gate, up and product
+        activations = s["layers"] * 2 * tokens * h + max(layer + 2 * tokens * 4 * i, logits)
     return {
         "weights": int(weights),
         "adapter": 18 * s["adapter"],  # float32 weight, gradient and two moments, a 16-bit copy

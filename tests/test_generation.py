@@ -1,11 +1,12 @@
 """Generation: batches change nothing, stop reasons and token counts are right, prompts stay out of answers."""
 
 import dataclasses
+import types
 
 import pytest
 import torch
 
-from src import experiments, generation, modeling, prompts
+from src import batching, experiments, generation, modeling, prompts
 
 
 @pytest.fixture
@@ -46,22 +47,55 @@ def test_batch_size_does_not_change_answers(setup):
     )
 
 
-def test_prompts_read_without_padding_give_the_same_answers(setup, monkeypatch):
-    """The GPU's way (packed prefill, a cache set aside) against transformers' own, on the CPU."""
+def test_decoding_without_padding_gives_the_same_answers(setup, monkeypatch):
+    """The GPU's way (packed prompts, a flat cache, finished rows dropped) against transformers' own, on the CPU."""
     e, tokenizer, model, _, rows = setup
     rows = [*rows, dataclasses.replace(rows[0], id="short", prompt_ids=rows[0].prompt_ids[:1])]
-    plain = generation.generate(model, tokenizer, rows, e, progress=False)
-    calls = []
-    monkeypatch.setattr(generation.kernels, "has_varlen", lambda device: calls.append(device) or True)
+    said = [greedy(model, row, 6, tokenizer.eos_token_id) for row in rows]
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(said[0][2])  # some rows meet it early, others never
+    least = dataclasses.replace(e, generation=dataclasses.replace(e.generation, min_new_tokens=3))
+    plain, late = (generation.generate(model, tokenizer, rows, x, progress=False) for x in (e, least))
+    assert len({a["tokens"] for a in plain}) > 1 and {a["stop"] for a in plain} == {"eos", "length"} and late != plain
     monkeypatch.setattr(generation, "PREFILL", 150)  # two forward passes
-    assert generation.generate(model, tokenizer, rows, e, progress=False) == plain and calls
-    with torch.no_grad():
-        cache = generation.prefill(model, [r.prompt_ids for r in rows[:2]], 200, 6)
-        alone = model(input_ids=torch.tensor([rows[1].prompt_ids[:-1]]), use_cache=True).past_key_values
-    n = len(rows[1].prompt_ids) - 1
-    for filled, layer in zip(cache.layers, alone.layers, strict=True):
-        torch.testing.assert_close(filled.keys[1, :, 199 - n : 199], layer.keys[0], rtol=1e-4, atol=1e-5)
-        assert filled.keys.shape[2] == 199 and not filled.keys[1, :, : 199 - n].any()
+    monkeypatch.setattr(generation.kernels, "has_varlen", lambda device: True)
+    monkeypatch.setattr(model, "generate", None)
+    assert generation.generate(model, tokenizer, rows, e, progress=False) == plain
+    assert generation.generate(model, tokenizer, rows, least, progress=False) == late
+
+
+def test_a_flat_cache_holds_what_each_row_alone_would(setup):
+    _, _, model, _, rows = setup
+    prompts_ = [row.prompt_ids for row in rows]
+    cache = generation.FlatCache(model.config, torch.tensor([len(p) + 6 for p in prompts_]))
+    own = torch.tensor([len(p) for p in prompts_[1:]])
+    inputs = batching.flat_rows([i for p in prompts_[1:] for i in p], own.tolist())
+    rows_ = torch.arange(1, len(prompts_))
+    new = torch.repeat_interleave(cache.begin[rows_], own) + inputs["position_ids"][0]
+    with torch.inference_mode():
+        model(**inputs | cache.stretch(rows_, own, new))
+        alone = model(input_ids=torch.tensor([prompts_[2]]), use_cache=True).past_key_values
+    begin, n = cache.begin[2], len(prompts_[2])
+    for layer, single in zip(cache.layers, alone.layers, strict=True):
+        torch.testing.assert_close(layer.keys[:, :, begin : begin + n], single.keys, rtol=1e-4, atol=1e-5)
+        assert (
+            not layer.values[:, :, : cache.begin[1]].any() and not layer.values[:, :, begin + n : begin + n + 6].any()
+        )
+
+
+def test_a_batch_holds_what_half_of_the_free_memory_does(setup, monkeypatch):
+    e, _, model, *_ = setup
+    c = model.config
+    token = 4 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
+    stand_in = types.SimpleNamespace(device=torch.device("cuda"), config=c)
+    lengths, logits = [90, 40, 10, 10], 8 * c.vocab_size
+    for is_flat, needed in ((True, 96 + 46 + 16), (False, 96 * 3)):
+        monkeypatch.setattr(generation.kernels, "has_varlen", lambda device, is_flat=is_flat: is_flat)
+        for spare, size in ((0, 3), (-1, 2)):
+            free = 2 * (needed * token + 3 * logits + spare)
+            monkeypatch.setattr(generation.modeling, "free_bytes", lambda device, free=free: free)
+            assert generation.batch_size(stand_in, lengths, e) == size
+    monkeypatch.setattr(generation.modeling, "free_bytes", lambda device: 0)
+    assert generation.batch_size(stand_in, lengths, e) == 1
 
 
 def test_after_out_of_memory_generation_goes_on_with_smaller_batches(setup, monkeypatch, capsys):
@@ -69,10 +103,10 @@ def test_after_out_of_memory_generation_goes_on_with_smaller_batches(setup, monk
     plain = generation.generate(model, tokenizer, rows, e, progress=False)
     real = generation._decode
 
-    def too_large(model, tokenizer, chosen, *rest):
+    def too_large(model, chosen, *rest):
         if len(chosen) > 1:
             raise torch.OutOfMemoryError("no memory")
-        return real(model, tokenizer, chosen, *rest)
+        return real(model, chosen, *rest)
 
     monkeypatch.setattr(generation, "_decode", too_large)
     assert generation.generate(model, tokenizer, rows, e, progress=False) == plain
@@ -88,9 +122,7 @@ def test_stop_reason_and_token_count(setup, monkeypatch):
         len(rows[1].prompt_ids): [eos, 0, 0, 0, 0, 0],
         len(rows[2].prompt_ids): [word] * 6,
     }
-    monkeypatch.setattr(
-        generation, "_decode", lambda model, tokenizer, chosen, *rest: [scripted[len(p)] for p in chosen]
-    )
+    monkeypatch.setattr(generation, "_decode", lambda model, chosen, *rest: [scripted[len(p)] for p in chosen])
     answers = generation.generate(model, tokenizer, rows, e, progress=False)
     assert [(a["prediction"], a["tokens"], a["stop"]) for a in answers] == [
         ("a", 2, "eos"),

@@ -67,6 +67,34 @@ def test_packed_fused_steps_equal_plain_padded_ones(setup, dtype):
     assert close(found, reference.cuda(), 0.05)
 
 
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("reading", [True, False], ids=["prompts", "one new token"])
+def test_attention_over_a_flat_cache_agrees_with_the_cpu(window, reading):
+    """Eight query heads in two groups; rows of 7, 40 and 2 tokens in stretches of 9, 50 and 300 slots, the second left out."""
+    generator = torch.Generator().manual_seed(0)
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal, module.training = 4, True, False
+    used, begin = torch.tensor([7, 2], dtype=torch.int32), torch.tensor([0, 59, 359], dtype=torch.int32)
+    queries = used if reading else torch.ones(2, dtype=torch.int32)
+    starts = torch.nn.functional.pad(queries.cumsum(0, dtype=torch.int32), (1, 0))
+    q = torch.randn((1, 8, int(starts[-1]), 64), generator=generator).bfloat16()
+    k, v = (torch.randn((1, 2, 359, 64), generator=generator).bfloat16() for _ in range(2))
+
+    def attention(device):
+        tensors = (x.to(device) for x in (q, k, v))
+        rows = {
+            "cu_seq_lens_q": starts.to(device),
+            "cu_seq_lens_k": begin.to(device),
+            "seqused_k": used.to(device),
+            "max_length_q": int(queries.max()),
+            "max_length_k": 7,
+        }
+        return kernels.varlen_attention(module, *tensors, None, scaling=0.125, sliding_window=window, **rows)[0]
+
+    with torch.inference_mode():
+        torch.testing.assert_close(attention("cuda").cpu(), attention("cpu"), rtol=2e-2, atol=2e-2)
+
+
 def run(load, overrides):
     e, tokenizer, _, _ = load(**overrides)
     rows = prompts.build_all(data.read_rows(DEMO / "train.csv")[:400], tokenizer, e.prompt)

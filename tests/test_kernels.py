@@ -79,12 +79,29 @@ def test_a_packed_row_does_not_see_its_neighbour(setup):
     assert loss_of_last(rows[0]) == pytest.approx(loss_of_last(rows[1]), rel=1e-4)
 
 
+def shown(*arguments):
+    return ["".join(map(str, line)) for line in kernels.block_mask(*arguments)[0, 0].int().tolist()]
+
+
 def test_the_block_mask_is_causal_within_rows_and_keeps_to_the_window():
     starts = torch.tensor([0, 2, 5])  # rows of two and three tokens
     rows = ["10000", "11000", "00100", "00110", "00111"]
-    assert ["".join(map(str, line)) for line in kernels.block_mask(starts, 5)[0, 0].int().tolist()] == rows
+    assert shown(starts, starts, None, 5, 5) == rows
     window = ["10000", "11000", "00100", "00110", "00011"]  # two tokens back, itself included
-    assert ["".join(map(str, line)) for line in kernels.block_mask(starts, 5, 2)[0, 0].int().tolist()] == window
+    assert shown(starts, starts, None, 5, 5, 2) == window
+
+
+def test_the_block_mask_of_a_cache_shows_each_row_the_used_slots_of_its_stretch():
+    # stretches of four, three and two slots, the middle row finished; one query each for the first and the last
+    starts, starts_k, used = torch.tensor([0, 1, 2]), torch.tensor([0, 7, 9]), torch.tensor([3, 2])
+    assert shown(starts, starts_k, used, 2, 9) == ["111000000", "000000011"]
+    assert shown(starts, starts_k, used, 2, 9, 2) == ["011000000", "000000011"]
+    # reading prompts: as many queries as slots used
+    assert shown(torch.tensor([0, 2, 3]), torch.tensor([0, 4, 6]), torch.tensor([2, 1]), 3, 6) == [
+        "100000",
+        "110000",
+        "000010",
+    ]
 
 
 @pytest.mark.parametrize("dequantized", [False, True])
