@@ -11,6 +11,7 @@ share an input share one product with their A matrices; and the MLP recomputes s
 rotary embedding and the gated activation become one kernel each through torch.compile.
 """
 
+import functools
 import importlib.util
 import inspect
 import sys
@@ -51,11 +52,7 @@ def varlen_attention(module, query, key, value, attention_mask, scaling=None, sl
     longest, longest_k = kwargs["max_length_q"], kwargs["max_length_k"]
     window = (sliding_window - 1 if sliding_window and sliding_window < longest_k else -1, 0)
     if used is None:
-        from torch.nn.attention.varlen import varlen_attn
-
-        # torch 2.11 takes grouped heads as they are, later releases want to be told
-        grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-        out = varlen_attn(q, k, v, starts, starts_k, longest, longest_k, scale=scaling, window_size=window, **grouped)
+        out = _varlen_attn()(q, k, v, starts, starts_k, longest, longest_k, scale=scaling, window_size=window)
     else:  # the operator below varlen_attn, which has no seqused_k in torch 2.11
         if longest == 1 and window[0] == -1:
             window = (-1, -1)  # one query sees every key, causal or not; so told, the kernel reads a group's keys once
@@ -64,6 +61,15 @@ def varlen_attention(module, query, key, value, attention_mask, scaling=None, sl
             scale=scaling, window_size_left=window[0], window_size_right=window[1], seqused_k=used,
         )[0]  # fmt: skip
     return out.unsqueeze(0), None
+
+
+@functools.cache
+def _varlen_attn():
+    from torch.nn.attention.varlen import varlen_attn
+
+    # torch 2.11 takes grouped heads as they are, later releases want to be told
+    grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    return functools.partial(varlen_attn, enable_gqa=True) if grouped else varlen_attn
 
 
 def block_mask(starts, starts_k, used, queries: int, keys: int, window: int | None = None) -> torch.Tensor:

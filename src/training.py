@@ -6,6 +6,7 @@ import platform
 import shutil
 import subprocess
 import time
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -266,7 +267,7 @@ def out_of_memory(trainer, model, plan: dict, checkpoint) -> bool:
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(model.device)
     try:
-        with kernels.fused(model, plan["fused"]):
+        with kernels.fused(model, plan["fused"]), short_walks(model):
             trainer.train(resume_from_checkpoint=checkpoint)
     except torch.OutOfMemoryError:
         return True
@@ -274,6 +275,28 @@ def out_of_memory(trainer, model, plan: dict, checkpoint) -> bool:
         if plan["checkpointing"]:
             model.get_base_model().activation_checkpointing_disable()
     return False
+
+
+@contextmanager
+def short_walks(model):
+    """Inside, parameters() and zero_grad() of the model meet its trainable parameters alone, and train() only acts on a change.
+
+    The Trainer calls each at every step, and each visits every module of the model, while the GPU waits if steps are short.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+
+    def zero_grad():
+        for p in trainable:
+            p.grad = None
+
+    def train(mode: bool = True):
+        return model if model.training is mode else type(model).train(model, mode)
+
+    model.parameters, model.zero_grad, model.train = (lambda recurse=True: iter(trainable)), zero_grad, train
+    try:
+        yield
+    finally:
+        del model.parameters, model.zero_grad, model.train
 
 
 def begin_run(experiment, inputs: dict | None):

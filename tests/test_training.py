@@ -271,3 +271,20 @@ def test_a_cuda_optimizer_falls_back_on_the_cpu_and_the_manifest_says_so(setup):
     )
     manifest = training.train(experiment, fresh(experiment, tokenizer), tokenizer, rows, rows[:2])
     assert manifest["optimizer"] == "adamw_torch"
+
+
+def test_short_walks_meet_the_trainable_parameters_and_leave_no_trace(tiny_model):
+    e = experiments.load_experiment("demo", **{"base_model": str(tiny_model), "device": "cpu"})
+    model = modeling.add_adapter(modeling.load_base(e, modeling.load_tokenizer(e)), e).eval()
+    everything, adapter = list(model.parameters()), [p for p in model.parameters() if p.requires_grad]
+    with training.short_walks(model):
+        found = list(model.parameters())
+        assert len(found) == len(adapter) and all(a is b for a, b in zip(found, adapter, strict=True))
+        assert model.train() is model and all(module.training for module in model.modules())
+        assert model.eval() is model and not any(module.training for module in model.modules())
+        for p in adapter:
+            p.grad = torch.ones_like(p)
+        model.zero_grad()
+        assert all(p.grad is None for p in adapter)
+    assert len(list(model.parameters())) == len(everything) > len(adapter)
+    assert not {"parameters", "zero_grad", "train"} & set(vars(model))
