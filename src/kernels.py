@@ -133,7 +133,7 @@ class Group:
 
     def low(self, x) -> torch.Tensor:
         """(T, sum of ranks): scale x A^T of every projection."""
-        return (x @ self.a.t()).mul_(self.scale)
+        return torch.addmm(x.new_empty(()), x, self.a.t(), beta=0, alpha=self.scale)
 
     def project(self, x, u) -> list[torch.Tensor]:
         """Every projection of x (T, in): the low-rank part first, x W^T added onto it."""
@@ -142,7 +142,9 @@ class Group:
 
     def input_gradient(self, grads) -> tuple[torch.Tensor, torch.Tensor]:
         """(dx, du) from the gradients of the projections; the products with W are added onto one dx."""
-        du = torch.cat([g @ b for g, b in zip(grads, self.bs, strict=True)], 1).mul_(self.scale)
+        du = grads[0].new_empty(len(grads[0]), len(self.a))
+        for part, g, b in zip(du.split(self.ranks, 1), grads, self.bs, strict=True):
+            torch.addmm(part, g, b, beta=0, alpha=self.scale, out=part)
         dx = du @ self.a
         for g, layer in zip(grads, self.layers, strict=True):
             dx.addmm_(g, layer.weight(dx.dtype))
@@ -150,9 +152,14 @@ class Group:
 
     def factor_gradients(self, x, u, du, grads) -> list[torch.Tensor]:
         """The gradients of `factors`, in float32."""
-        das = (du.t() @ x).float().split(self.ranks)
-        dbs = [(g.t() @ part).float() for g, part in zip(grads, u.split(self.ranks, 1), strict=True)]
+        das = _product32(du.t(), x).split(self.ranks)
+        dbs = [_product32(g.t(), part) for g, part in zip(grads, u.split(self.ranks, 1), strict=True)]
         return [f for pair in zip(das, dbs, strict=True) for f in pair]
+
+
+def _product32(a, b) -> torch.Tensor:
+    """The matrix product in float32, on CUDA without a 16-bit one in between."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda and a.dtype != torch.float32 else (a @ b).float()
 
 
 class SharedInput(torch.autograd.Function):

@@ -146,7 +146,7 @@ def arguments(experiment, device: torch.device, plan: dict) -> TrainingArguments
         load_best_model_at_end=t.keep_best,
         metric_for_best_model="eval_loss",
         greater_is_better=False,
-        logging_steps=max(1, plan["optimizer steps"] // 50),
+        logging_steps=max(5 if device.type == "cuda" else 1, plan["optimizer steps"] // 50),  # a log waits for the GPU
         logging_nan_inf_filter=False,
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
@@ -283,6 +283,7 @@ def short_walks(model):
 
     The Trainer calls each at every step, and each visits every module of the model, while the GPU waits if steps are short.
     """
+    model.train()  # a fresh adapter says it is training while the base model under it is not
     trainable = [p for p in model.parameters() if p.requires_grad]
 
     def zero_grad():

@@ -104,18 +104,36 @@ def test_packed_training_ends_like_padded_training_of_the_same_rows(setup, packi
         torch.testing.assert_close(trained[1][1][name], value, rtol=1e-3, atol=1e-5)
 
 
-def test_checkpointing_changes_no_weight(setup):
+def test_checkpointing_computes_layers_twice_and_changes_no_weight(setup):
     experiment, tokenizer, rows = setup
-    trained = []
+    trained, calls = [], []
     for mode in ("on", "off"):
         e = dataclasses.replace(
             experiment, training=dataclasses.replace(experiment.training, checkpointing=mode, max_steps=2)
         )
         model = fresh(e, tokenizer)
+        grads = []  # of every pass through the first layer: is a gradient recorded there?
+        model.get_base_model().base_model.layers[0].self_attn.register_forward_hook(
+            lambda *_, grads=grads: grads.append(torch.is_grad_enabled())
+        )
         training.train(e, model, tokenizer, rows, rows[:2])
         trained.append(weights(model))
+        calls.append(sum(grads))
+    assert calls[0] == 2 * calls[1] > 0
     for name, value in trained[0].items():
         torch.testing.assert_close(trained[1][name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_dropout_acts_in_training(setup):
+    experiment, tokenizer, rows = setup
+    trained = []
+    for share in (0.0, 0.5):
+        e = dataclasses.replace(experiment, lora=dataclasses.replace(experiment.lora, dropout=share))
+        e = dataclasses.replace(e, training=dataclasses.replace(e.training, max_steps=3))
+        model = fresh(e, tokenizer)
+        training.train(e, model, tokenizer, rows, rows[:2])
+        trained.append(torch.cat([p.flatten() for p in weights(model).values()]))
+    assert not torch.allclose(*trained, rtol=1e-2)
 
 
 def test_accumulation_does_not_change_the_adapter(setup):
@@ -275,8 +293,9 @@ def test_a_cuda_optimizer_falls_back_on_the_cpu_and_the_manifest_says_so(setup):
 
 def test_short_walks_meet_the_trainable_parameters_and_leave_no_trace(tiny_model):
     e = experiments.load_experiment("demo", **{"base_model": str(tiny_model), "device": "cpu"})
-    model = modeling.add_adapter(modeling.load_base(e, modeling.load_tokenizer(e)), e).eval()
+    model = modeling.add_adapter(modeling.load_base(e, modeling.load_tokenizer(e)), e)
     everything, adapter = list(model.parameters()), [p for p in model.parameters() if p.requires_grad]
+    assert model.training and not all(module.training for module in model.modules())  # as the Trainer gets it
     with training.short_walks(model):
         found = list(model.parameters())
         assert len(found) == len(adapter) and all(a is b for a, b in zip(found, adapter, strict=True))
