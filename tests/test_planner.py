@@ -3,8 +3,9 @@
 import json
 
 import pytest
+import torch
 
-from src import batching, experiments, modeling, planner, prompts
+from src import batching, experiments, kernels, modeling, planner, prompts
 
 
 @pytest.fixture
@@ -83,3 +84,36 @@ def test_the_benchmark_table_is_made_from_the_committed_results():
     assert len(trained) >= 8 and all(abs(r["predicted_gib"] / r["peak_gib"] - 1) <= 0.15 for r in trained)
     capped = [r for r in trained if r["capped_gib"]]
     assert all(r["peak_gib"] <= r["capped_gib"] and r["retries"] == 0 for r in capped) and len(capped) >= 4
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu", "tflops", "gib", "packed"),
+    [("samsum_best", "A100 80 GB", 250, 79, True), ("samsum_best", "T4", 40, 14.6, False), ("samsum", "H200", 790, 139, True)],
+)  # fmt: skip
+def test_the_readmes_minutes_on_other_gpus_are_the_planners(tmp_path, monkeypatch, name, gpu, tflops, gib, packed):
+    from transformers import MistralConfig
+
+    from benchmarks import speed
+
+    MistralConfig(
+        vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8
+    ).save_pretrained(tmp_path)  # fmt: skip
+    e = experiments.load_experiment(name, base_model=str(tmp_path))
+    rows = speed.rows("train")  # half of SAMSum, which is what `samsum` trains on
+    monkeypatch.setattr(modeling, "resolve_device", lambda name: torch.device("cuda", 0))
+    monkeypatch.setattr(modeling, "compute_dtype", lambda *_: torch.float16)
+    monkeypatch.setattr(kernels, "has_varlen", lambda device: packed)
+    monkeypatch.setattr(kernels, "wanted", lambda e, device: e.lora.dropout == 0)
+    monkeypatch.setattr(planner, "matmul_rate", lambda *_: tflops * 1e12)
+    monkeypatch.setattr(planner, "free_memory", lambda *_: gib * 2**30)
+    plan = planner.plan(e, rows if name == "samsum" else rows * 2)
+    minutes = f"{plan['predicted minutes']:.0f} minutes"
+    readme = (experiments.ROOT / "README.md").read_text(encoding="utf-8")
+    assert (f"{minutes} on an {gpu} by the planner" if name == "samsum" else f"| {gpu} | {minutes} |") in readme
+
+
+def test_the_readmes_minutes_on_the_measured_gpu_are_the_benchmarks():
+    results = json.loads((experiments.ROOT / "benchmarks" / "results" / "h200.json").read_text(encoding="utf-8"))
+    job = next(r for r in results if r["setup"] == "job")["training_minutes"]
+    readme = (experiments.ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"| H200 | {2 * job:.0f} minutes |" in readme and f"half of the rows took {job:.1f} minutes" in readme
