@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 NAME = "varlen"
+PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}  # what `fused` replaces
 
 
 # ---------------------------------------------------------------- attention

@@ -137,6 +137,9 @@ def plan(experiment, rows) -> dict:
             "predicted minutes": round(seconds / 60, 1),
         }
     fused = kernels.wanted(experiment, device)
+    whole = fused and kernels.PROJECTIONS <= set(
+        experiment.lora.target_modules
+    )  # memory and speed of every layer fused
     rate = matmul_rate(device, modeling.compute_dtype(experiment, device))
     free = free_memory(experiment, device)
     share = (
@@ -149,14 +152,14 @@ def plan(experiment, rows) -> dict:
             budget = t.token_budget or TOKENS
             while True:
                 passes, size = _batches(experiment, lengths, packed, budget)
-                parts = memory(experiment, s, size, math.ceil(size * share), checkpointing, dequantized, fused)
+                parts = memory(experiment, s, size, math.ceil(size * share), checkpointing, dequantized, whole)
                 if sum(parts.values()) <= RESERVE * free or t.token_budget or size <= max(lengths):
                     break
                 budget = min(budget, size) * 3 // 4
             if sum(parts.values()) > RESERVE * free and not t.token_budget:
                 continue
             flop = tokens * (6 if checkpointing else 4) * s["linear"]
-            seconds = flop / rate / (SHARE[checkpointing] if fused else PLAIN)
+            seconds = flop / rate / (SHARE[checkpointing] if whole else PLAIN)
             if not dequantized and experiment.quantization.bits == 4:  # read 4 bits, write 16, every pass
                 seconds += steps * passes * (3 if checkpointing else 2) * 2.5 * s["linear"] / DEQUANTIZE
             launch = PASS_SECONDS[dequantized] * (1.4 if checkpointing else 1) * s["layers"] / 32
@@ -164,7 +167,7 @@ def plan(experiment, rows) -> dict:
             found.append((seconds, passes, size, checkpointing, dequantized, sum(parts.values())))
     if not found:
         need = sum(
-            memory(experiment, s, max(lengths), max(len(r.answer_ids) for r in rows), True, False, fused).values()
+            memory(experiment, s, max(lengths), max(len(r.answer_ids) for r in rows), True, False, whole).values()
         )
         raise modeling.ModelError(
             f"{experiment.base_model} does not fit on {torch.cuda.get_device_name(device)}: the longest row ({max(lengths)} tokens) needs "

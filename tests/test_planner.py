@@ -86,30 +86,51 @@ def test_the_benchmark_table_is_made_from_the_committed_results():
     assert all(r["peak_gib"] <= r["capped_gib"] and r["retries"] == 0 for r in capped) and len(capped) >= 4
 
 
-@pytest.mark.parametrize(
-    ("name", "gpu", "tflops", "gib", "packed"),
-    [("samsum_best", "A100 80 GB", 250, 79, True), ("samsum_best", "T4", 40, 14.6, False), ("samsum", "H200", 790, 139, True)],
-)  # fmt: skip
-def test_the_readmes_minutes_on_other_gpus_are_the_planners(tmp_path, monkeypatch, name, gpu, tflops, gib, packed):
+@pytest.fixture
+def on_gpu(tmp_path, monkeypatch):
+    """plan(experiment, rows, ...) of Mistral-7B on a stand-in GPU."""
     from transformers import MistralConfig
-
-    from benchmarks import speed
 
     MistralConfig(
         vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8
     ).save_pretrained(tmp_path)  # fmt: skip
-    e = experiments.load_experiment(name, base_model=str(tmp_path))
-    rows = speed.rows("train")  # half of SAMSum, which is what `samsum` trains on
     monkeypatch.setattr(modeling, "resolve_device", lambda name: torch.device("cuda", 0))
     monkeypatch.setattr(modeling, "compute_dtype", lambda *_: torch.float16)
-    monkeypatch.setattr(kernels, "has_varlen", lambda device: packed)
-    monkeypatch.setattr(kernels, "wanted", lambda e, device: e.lora.dropout == 0)
-    monkeypatch.setattr(planner, "matmul_rate", lambda *_: tflops * 1e12)
-    monkeypatch.setattr(planner, "free_memory", lambda *_: gib * 2**30)
-    plan = planner.plan(e, rows if name == "samsum" else rows * 2)
+
+    def plan(name, rows, tflops, gib, packed=True, triton=True, **overrides):
+        monkeypatch.setattr(kernels, "has_varlen", lambda device: packed)
+        monkeypatch.setattr(kernels, "wanted", lambda e, device: triton and e.lora.dropout == 0)
+        monkeypatch.setattr(planner, "matmul_rate", lambda *_: tflops * 1e12)
+        monkeypatch.setattr(planner, "free_memory", lambda *_: gib * 2**30)
+        return planner.plan(experiments.load_experiment(name, base_model=str(tmp_path), **overrides), rows)
+
+    return plan
+
+
+@pytest.mark.parametrize(
+    ("name", "gpu", "tflops", "gib", "packed"),
+    [("samsum_best", "A100 80 GB", 250, 79, True), ("samsum_best", "T4", 40, 14.6, False), ("samsum", "H200", 790, 139, True)],
+)  # fmt: skip
+def test_the_readmes_minutes_on_other_gpus_are_the_planners(on_gpu, name, gpu, tflops, gib, packed):
+    from benchmarks import speed
+
+    rows = speed.rows("train")  # half of SAMSum, which is what `samsum` trains on
+    plan = on_gpu(name, rows if name == "samsum" else rows * 2, tflops, gib, packed)
     minutes = f"{plan['predicted minutes']:.0f} minutes"
     readme = (experiments.ROOT / "README.md").read_text(encoding="utf-8")
     assert (f"{minutes} on an {gpu} by the planner" if name == "samsum" else f"| {gpu} | {minutes} |") in readme
+
+
+def test_layers_that_are_fused_in_part_are_planned_as_plain_ones(on_gpu):
+    from benchmarks import speed
+
+    rows, part = speed.rows("sample"), {"lora.target_modules": ("q_proj", "v_proj")}
+    gib = [
+        on_gpu("samsum_best", rows, 790, 139, triton=triton, **changed)["predicted GiB"]
+        for changed in ({}, part)
+        for triton in (True, False)
+    ]
+    assert gib[0] < gib[1] and gib[2] == gib[3]
 
 
 def test_the_readmes_minutes_on_the_measured_gpu_are_the_benchmarks():
