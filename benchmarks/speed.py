@@ -341,7 +341,7 @@ def main(arguments: list[str]) -> int:
     elif arguments == ["table"]:
         print(f"{table()}\n\n{cpu_table()}")
     elif len(arguments) == 2:
-        folder, setup = arguments
+        folder, setup = str(Path(arguments[0]).resolve()), arguments[1]
         result = (
             job(folder)
             if setup == "job"

@@ -219,7 +219,7 @@ def nearest_summaries(records: list[dict], train: list[dict]) -> list[str]:
 
 
 def without_model(records: list[dict], train: list[dict]) -> dict[str, list[str]]:
-    """Systems that anyone can beat or not, by name. A model below "whole dialogue" has learnt nothing."""
+    """Systems that anyone can beat or not, by name. A model below "whole dialogue" is worth less than a copy."""
     systems = {
         "whole dialogue": [whole_dialogue(r) for r in records],
         "LEAD-3": [lead3(r) for r in records],
