@@ -3,6 +3,7 @@ EXPERIMENT ?= demo
 OVERRIDES ?= {}
 PYTHON ?= python3
 BIN := .venv/bin
+DEMO = outputs/$(shell $(BIN)/python -c 'from src.experiments import load_experiment; print(load_experiment("demo").run_id)')
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -21,9 +22,10 @@ check: .venv/installed  ## lint and formatting, notebooks included
 	$(BIN)/ruff format --check .
 
 notebooks: .venv/installed  ## run all notebooks in place on the demo, as they are committed
-	rm -rf outputs/demo-* outputs/demo outputs/published-*
+	rm -rf $(DEMO) outputs/published-*
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
-	mkdir outputs/demo && cp outputs/demo-*/comparison/*.csv outputs/demo-*/comparison/*.png outputs/demo-*/comparison/side_by_side.html outputs/demo/
+	rm -rf outputs/demo && mkdir outputs/demo
+	cp $(DEMO)/comparison/*.csv $(DEMO)/comparison/*.png $(DEMO)/comparison/side_by_side.html outputs/demo/
 
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}: make PYTHON=python3.12 demo")'

@@ -177,8 +177,10 @@ def read_rows(path: Path) -> list[dict]:
     table = [{names.get(key, key): value for key, value in row.items()} for row in table]
     missing = [column for column in ("dialogue", "summary") if any(column not in row for row in table)]
     if missing:
+        lacking = [n for n, row in enumerate(table, 1) if any(column not in row for column in missing)]
+        where = "every row" if len(lacking) == len(table) else _some(lacking, "row")
         raise DataError(
-            f"{relative(path)} has the columns {', '.join(map(str, table[0]))}; {', '.join(missing)} missing. Expected dialogue and summary "
+            f"{relative(path)} has the columns {', '.join(map(str, table[0]))}; {', '.join(missing)} missing in {where}. Expected dialogue and summary "
             "(optional: id, section), or MTS-Dialog's ID, section_header, section_text, dialogue."
         )
     wrong = [
@@ -217,11 +219,11 @@ def _table(path: Path) -> list[dict]:
         if path.suffix == ".json":
             table = json.loads(text)
         elif path.suffix == ".jsonl":
-            table = [json.loads(line) for line in text.split("\n") if line.strip()]
+            table = [_json_line(line, n) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
         else:
             csv.field_size_limit(2**31 - 1)
             table = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
-    except (json.JSONDecodeError, csv.Error) as error:
+    except (ValueError, csv.Error) as error:
         raise DataError(
             f"{relative(path)} cannot be parsed as {path.suffix[1:] or 'CSV'} ({error}): expected CSV, JSON or JSONL."
         ) from None
@@ -235,6 +237,13 @@ def _table(path: Path) -> list[dict]:
             f"{relative(path)} has more or fewer fields than its header in {_some(uneven, 'row')}: quote fields that hold commas."
         )
     return table
+
+
+def _json_line(line: str, number: int) -> dict:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from None
 
 
 def normalise(text: str) -> str:
@@ -428,8 +437,14 @@ def eval_rows(experiment) -> list[dict]:
     return load_split(experiment, experiment.data.eval_split)[: experiment.data.eval_rows]
 
 
+def seen_ids(records, train) -> set[str]:
+    """Ids of the records whose dialogue was trained on; scores are reported with and without them."""
+    trained = {key(row) for row in train}
+    return {row["id"] for row in records if key(row) in trained}
+
+
 def leaked_ids(experiment, split: str) -> set[str]:
-    """Ids of `split` whose dialogue also occurs in train; scores are reported with and without them."""
+    """Ids of `split` whose dialogue also occurs in the training file, whichever of its rows a run trains on."""
     return set(
         read_json(experiment.processed_dir / "leaks.json", "01_prepare_data")["across"].get(f"{split} in train", [])
     )

@@ -266,6 +266,8 @@ def _replace(experiment: Experiment, key: str, value):
     *parents, leaf = key.split(".")
     owner = getattr(experiment, parents[0]) if parents else experiment
     value = _coerce(key, value, typing.get_type_hints(type(owner))[leaf])
+    if value == getattr(owner, leaf):  # 1 and 1.0 are one value, and shall be one run
+        value = getattr(owner, leaf)
     owner = dataclasses.replace(owner, **{leaf: value})
     return dataclasses.replace(experiment, **{parents[0]: owner}) if parents else owner
 
@@ -281,7 +283,7 @@ def _coerce(key: str, value, hint):
         ):
             return tuple(value)
         if option is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value) if isinstance(value, float) else value
+            return int(value) if float(value).is_integer() else value
         if isinstance(option, type) and isinstance(value, option) and not (option is int and isinstance(value, bool)):
             return value
     expected = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else hint

@@ -93,7 +93,7 @@ def flat(model, experiment) -> bool:
     """Whether prompts are decoded without padding (`_decode_flat`): greedily, where variable-length flash attention runs."""
     g = experiment.generation
     greedy = g.num_beams == 1 and not g.do_sample and not g.no_repeat_ngram_size
-    return greedy and kernels.has_varlen(model.device)
+    return greedy and kernels.has_varlen(model.device, modeling.compute_dtype(experiment, model.device))
 
 
 def batch_size(model, lengths: list[int], experiment) -> int:

@@ -28,16 +28,18 @@ PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 # ---------------------------------------------------------------- attention
 
 
-def has_varlen(device: torch.device) -> bool:
-    """Whether torch's variable-length flash attention runs on this device."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+def has_varlen(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> bool:
+    """Whether torch's variable-length flash attention runs on this device: 16 bits, compute capability 8.0 and up."""
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def varlen_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs):
     """A transformers attention function. query (batch, heads, T, d); key and value (batch, kv heads, S, d), grouped queries allowed.
 
     Packed rows (batch 1 with the `cu_seq_lens_q` and `_k` of `batching.flat_rows`): variable-length flash attention, or sdpa with
-    a block mask without CUDA. `seqused_k` (rows,): how many keys of each row's stretch of a cache count (`generation.FlatCache`).
+    a block mask where there is none. `seqused_k` (rows,): how many keys of each row's stretch of a cache count (`generation.FlatCache`).
     Anything else: transformers' sdpa.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -46,7 +48,7 @@ def varlen_attention(module, query, key, value, attention_mask, scaling=None, sl
     if starts is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     starts_k = kwargs["cu_seq_lens_k"]
-    if not query.is_cuda:
+    if not (query.is_cuda and has_varlen(query.device, query.dtype)):
         mask = block_mask(starts, starts_k, used, query.shape[2], key.shape[2], sliding_window)
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
     q, k, v = (x.squeeze(0).transpose(0, 1).contiguous() for x in (query, key, value))
@@ -292,6 +294,17 @@ def rotary(q, k, cos, sin, unsqueeze_dim=1):
     return q.transpose(1, 2), k.transpose(1, 2)
 
 
+def _is_llamas(owner, name: str, of: str | None = None) -> bool:
+    """Whether the function of this name is word for word Llama's, as in Mistral, Qwen and many more; others keep their own."""
+    from transformers.models.llama import modeling_llama
+
+    reference = getattr(modeling_llama, of) if of else modeling_llama
+    try:
+        return inspect.getsource(getattr(owner, name)) == inspect.getsource(getattr(reference, name))
+    except (AttributeError, OSError, TypeError):
+        return False
+
+
 def fusable(module) -> bool:
     """A LoRA projection with one plain adapter, without dropout and bias."""
     from peft.tuners.lora import LoraLayer
@@ -332,6 +345,8 @@ def _single(module, dtype) -> list[Group]:
 def _mlp(mlp, dtype) -> list[Group]:
     projections = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     activation = getattr(mlp, "act_fn", None)
+    if not _is_llamas(type(mlp), "forward", "LlamaMLP"):
+        return []
     is_silu = isinstance(activation, nn.SiLU) or type(activation).__name__ == "SiLUActivation"
     if not is_silu or not all(p is not None and fusable(p) for p in projections):
         return []
@@ -341,7 +356,7 @@ def _mlp(mlp, dtype) -> list[Group]:
 
 
 def _norm(norm) -> bool:
-    if not type(norm).__name__.endswith("RMSNorm") or not hasattr(norm, "variance_epsilon"):
+    if not hasattr(norm, "variance_epsilon") or not _is_llamas(type(norm), "forward", "LlamaRMSNorm"):
         return False
     plain = norm.forward
 
@@ -372,11 +387,11 @@ def fused(model, enabled: bool = True):
         if hasattr(module, "q_proj"):
             if found := _attention(module, dtype):
                 changed += [module.q_proj, module.k_proj, module.v_proj]
-            if single := _single(module.o_proj, dtype):
+            if single := _single(getattr(module, "o_proj", None), dtype):
                 changed.append(module.o_proj)
             groups += found + single
             source = sys.modules[type(module).__module__]
-            if hasattr(source, "apply_rotary_pos_emb"):
+            if _is_llamas(source, "rotate_half") and _is_llamas(source, "apply_rotary_pos_emb"):
                 rotated.setdefault(source, source.apply_rotary_pos_emb)
         elif hasattr(module, "gate_proj"):
             if found := _mlp(module, dtype):

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from src import experiments, kernels
+from src import data, experiments, kernels
 
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft asks transformers by its old name
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # asks for a package that `load_base` avoids
@@ -160,21 +160,30 @@ def add_adapter(model, experiment):
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(model, config)
+    model.run_id = experiment.run_id  # training refuses to file it under another run
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    # what training starts from, however often its cell is run
+    model.untrained = {name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad}
     return model
 
 
 def load_finetuned(experiment, tokenizer):
     """Base model with the run's trained adapter, for generation. `with model.disable_adapter():` gives the base model.
 
-    Raises FileNotFoundError naming notebook 02 when there is no adapter, ModelError when the hub now serves another commit
-    of the base model than the adapter was trained on.
+    Raises FileNotFoundError naming notebook 02 when there is no adapter, ModelError when data or base model are no longer those
+    that it was trained on, or the hub now serves another commit of the base model.
     """
     from peft import PeftModel
 
     manifest = experiments.read_json(experiment.run_dir / "manifest.json", "02_train_qlora")
+    inputs = manifest["inputs"] and {"data": data.fingerprint(experiment), "base_model": fingerprint(experiment)}
+    if inputs != manifest["inputs"]:
+        raise ModelError(
+            f"The adapter in {experiments.relative(experiment.run_dir)} was trained on other data or another base model: found {inputs}, "
+            f"expected {manifest['inputs']}. Put the files back, or delete the folder and train again."
+        )
     base = load_base(experiment, tokenizer)
     commit = base.base_commit
     if commit != manifest["base_commit"]:
@@ -207,7 +216,7 @@ def dequantize(model):
         linear.weight = nn.Parameter(weight.to(module.compute_dtype or weight.dtype), requires_grad=False)
         linear.bias = module.bias
         setattr(model.get_submodule(parent), child, linear)
-    del layers, module
+    layers = module = None
     free_cuda()  # a 4-bit weight and its layer refer to each other: without this its memory would stay taken
     return model
 

@@ -118,9 +118,11 @@ def plan(experiment, rows) -> dict:
     t, device = experiment.training, modeling.resolve_device(experiment.device)
     lengths = [len(row.input_ids) for row in rows]
     per_epoch = math.ceil(len(rows) / t.batch_size)
-    steps = min(math.ceil(t.epochs * per_epoch), t.max_steps or 10**9)
+    steps = t.max_steps or math.ceil(t.epochs * per_epoch)
     tokens = sum(lengths) / len(rows) * min(t.batch_size, len(rows)) * steps  # of the whole training
-    packed = t.packing == "on" or (t.packing == "auto" and kernels.has_varlen(device))
+    packed = t.packing == "on" or (
+        t.packing == "auto" and kernels.has_varlen(device, modeling.compute_dtype(experiment, device))
+    )
     s = shapes(experiment)
     common = {"rows": len(rows), "optimizer steps": steps, "rows an optimizer step": t.batch_size}
     if device.type != "cuda":
@@ -203,7 +205,8 @@ def _batches(experiment, lengths, packed: bool, budget: int) -> tuple[int, int]:
     def largest(passes):
         sampler = batching.StepSampler(lengths, t.batch_size, passes, experiment.seed, packed)
         sizes = []
-        for epoch in range(max(1, math.ceil(t.epochs))):
+        epochs = t.max_steps * t.batch_size / len(lengths) if t.max_steps else t.epochs
+        for epoch in range(max(1, math.ceil(epochs))):
             sampler.set_epoch(epoch)
             own = ([lengths[i] for i in batch] for batch in sampler)
             sizes.append(max(sum(b) if packed else max(b) * len(b) for b in own))

@@ -83,20 +83,18 @@ def build_all(records, tokenizer, config, shots=()) -> list[Encoded]:
 def check(rows, tokenizer, config):
     """What must hold for every row, or training teaches something else; raises PromptError naming the row.
 
-    One BOS, at the start; prompt tokens unsupervised; the answer and its EOS supervised, in that order; no EOS inside the
-    prompt (in chat style each worked example ends in one).
+    One BOS, at the start; prompt tokens unsupervised; the answer and its EOS supervised, in that order; no EOS inside a plain
+    prompt, none at the end of a chat prompt (templates end turns with it, and the turn to come is the model's).
     """
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    turns = config.few_shot if config.style == "chat" else 0
     for row in rows:
         supervised = [label for label in row.labels if label != IGNORE]
         broken = {
             f"{row.input_ids.count(bos)} BOS tokens, expected exactly one, at the start": bos is not None
             and (row.input_ids.count(bos) != 1 or row.input_ids[0] != bos),
-            f"{row.prompt_ids.count(eos)} EOS tokens inside the prompt, expected at most {turns}": row.prompt_ids.count(
-                eos
-            )
-            > turns,
+            f"{row.prompt_ids.count(eos)} EOS tokens inside the prompt, expected none": config.style == "plain"
+            and eos in row.prompt_ids,
+            "the prompt ends in EOS": row.prompt_ids[-1] == eos,
             "the last supervised token is not EOS": not supervised
             or supervised[-1] != eos
             or supervised.count(eos) != 1,

@@ -140,9 +140,11 @@ def section_table(metrics: dict, column: str = "ROUGE-L") -> pd.DataFrame:
 
 
 def runs_table(dataset: str) -> pd.DataFrame:
-    """Every evaluated run of a dataset under outputs/: what differs from the named experiment, and its scores."""
+    """Every evaluated run of a dataset under outputs/ with its main settings and scores; folders without config.json are left out."""
     rows = {}
     for path in sorted((experiments.ROOT / "outputs").glob("*/metrics.json")):
+        if not (path.parent / "config.json").is_file():
+            continue
         metrics, config = (
             read_json(path, "03_evaluate"),
             read_json(path.parent / "config.json", "02_train_qlora"),

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +15,12 @@ from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from src import batching, experiments, generation, kernels, modeling, planner, prompts
 
-EVAL_BATCH = 16  # rows in a forward pass of the validation loss
+EVAL_BATCH = 16  # rows in a forward pass of the validation loss, at most
 
 
 class TrainingError(RuntimeError):
@@ -50,11 +52,15 @@ def validation_loss(model, batches) -> float:
 class SummaryTrainer(Trainer):
     """Trainer with the project's batches and loss; checkpoints, schedules, resuming and the progress bar are Hugging Face's."""
 
-    def __init__(self, *args, sampler: batching.StepSampler, pad_id: int, log_path, answer_samples, **kwargs):
+    def __init__(
+        self, *args, sampler: batching.StepSampler, pad_id: int, tokens: int, log_path, answer_samples, **kwargs
+    ):
         self.sampler, self.pad_id, self.answer_samples, self.seen_tokens = sampler, pad_id, answer_samples, 0
+        self.tokens = tokens  # of the largest forward pass that was planned
         super().__init__(*args, data_collator=self.collate, **kwargs)
         self.model_accepts_loss_kwargs = True  # have the supervised tokens of the whole optimizer step counted
-        self.add_callback(Log(log_path, self))
+        self.recorder = Log(log_path, self)
+        self.add_callback(self.recorder)
 
     def collate(self, rows) -> dict:
         return batching.pack(rows) if self.sampler.packed else batching.pad(rows, self.pad_id)
@@ -76,8 +82,8 @@ class SummaryTrainer(Trainer):
         return summed_loss(model, inputs)[0] / num_items_in_batch
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        rows = sorted(self.eval_dataset, key=lambda row: len(row.input_ids))
-        batches = (self.collate(rows[i : i + EVAL_BATCH]) for i in range(0, len(rows), EVAL_BATCH))
+        self.recorder.stop()
+        batches = (self.collate(rows) for rows in validation_batches(self.eval_dataset, self.tokens))
         with self.compute_loss_context_manager():
             metrics = {f"{metric_key_prefix}_loss": validation_loss(self.model, batches)}
         self.log(metrics)
@@ -86,30 +92,59 @@ class SummaryTrainer(Trainer):
         return metrics
 
 
+def validation_batches(rows, tokens: int) -> list[list]:
+    """Rows of like length, at most EVAL_BATCH together, and no more than a training pass holds, padding included (one at least)."""
+    batches = []
+    for row in sorted(rows, key=lambda row: len(row.input_ids)):
+        size = len(batches[-1]) + 1 if batches else 0
+        if not batches or size > EVAL_BATCH or size * len(row.input_ids) > tokens:
+            batches.append([])
+        batches[-1].append(row)
+    return batches
+
+
 class Log(TrainerCallback):
     """Appends to train_log.jsonl: step, epoch, loss, eval_loss, learning_rate, grad_norm, tokens, seconds, tokens_per_second, peak_gib.
 
     `tokens`: real prompt and answer tokens since the start, no padding. `seconds`: time in optimizer steps since the start,
-    evaluations left out.
+    evaluations left out. Of a resumed run the rows after its checkpoint are dropped, since those steps come again.
     """
 
     def __init__(self, path, trainer):
-        self.path, self.trainer, self.clock, self.tokens, self.seconds = path, trainer, None, 0, 0.0
+        self.path, self.trainer, self.clock, self.seconds, self.last = path, trainer, None, 0.0, (0, 0.0)
+        self.before = 0.0  # seconds of a resumed run until its checkpoint
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step:
+            rows = [
+                row for row in experiments.read_jsonl(self.path, "02_train_qlora") if row["step"] <= state.global_step
+            ]
+            experiments.write_jsonl(self.path, rows)
+            measured = [row for row in rows if "loss" in row][-1:]
+            for row in measured:
+                self.trainer.seen_tokens, self.seconds = row["tokens"], row["seconds"]
+            self.last, self.before = (self.trainer.seen_tokens, self.seconds), self.seconds
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.clock = self.clock or time.perf_counter()
+
+    def stop(self):
+        """Count the time since the clock ran, and stop it until the next step."""
+        if self.clock:
+            self.seconds += time.perf_counter() - self.clock
+        self.clock = None
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         row = {key: logs[key] for key in ("loss", "eval_loss", "learning_rate", "grad_norm") if key in logs}
         if not row:
             return
-        tokens, now = self.trainer.seen_tokens, time.perf_counter()
         if "loss" in row:
-            spent = now - self.clock
-            row |= {"tokens": tokens, "seconds": round(self.seconds + spent, 3)}
-            row["tokens_per_second"] = round((tokens - self.tokens) / spent)
-            self.seconds += spent
-        self.tokens, self.clock = tokens, now if "loss" in row else None
+            self.stop()
+            self.clock = time.perf_counter()
+            tokens, before = self.trainer.seen_tokens, self.last
+            self.last = (tokens, self.seconds)
+            row |= {"tokens": tokens, "seconds": round(self.seconds, 3)}
+            row["tokens_per_second"] = round((tokens - before[0]) / (self.seconds - before[1]))
         if args.device.type == "cuda":
             row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
         append(self.path, {"step": state.global_step, "epoch": round(state.epoch or 0, 4), **row})
@@ -169,11 +204,19 @@ def train(experiment, model, tokenizer, train_rows, validation_rows, samples=(),
     run, t, device = experiment.run_dir, experiment.training, model.device
     begin_run(experiment, inputs)
     if (run / "manifest.json").exists():
+        if not (run / "adapter" / "adapter_model.safetensors").exists():
+            raise TrainingError(
+                f"{experiments.relative(run)} is of a finished run, and its adapter is gone: delete the folder to train again."
+            )
         print(
             f"{experiments.relative(run)} holds this run, finished: its adapter is loaded. Delete the folder to train again."
         )
         set_peft_model_state_dict(model, load_file(run / "adapter" / "adapter_model.safetensors"))
         return experiments.read_json(run / "manifest.json", "02_train_qlora")
+    if model.run_id != experiment.run_id:
+        raise TrainingError(
+            f"The adapter was made for run {model.run_id}, this is run {experiment.run_id}: run the cell that loads the model again, then this one."
+        )
     log_path = run / "train_log.jsonl"
     plan = plan or planner.plan(experiment, train_rows)
     if plan["weights"].endswith("once"):
@@ -190,15 +233,14 @@ def train(experiment, model, tokenizer, train_rows, validation_rows, samples=(),
             )
 
     lengths = [len(row.input_ids) for row in train_rows]
-    untrained = {name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad}
     retries, start = [], time.perf_counter()
     while True:
         args = arguments(experiment, device, plan)
         packed, passes = plan["batches"] == "packed", plan["forward passes a step"]
-        checkpoint = get_last_checkpoint(args.output_dir) if (run / "checkpoints").is_dir() else None
+        checkpoint = last_checkpoint(run / "checkpoints")
         if checkpoint is None:
             log_path.unlink(missing_ok=True)
-            model.load_state_dict(untrained, strict=False)
+            model.load_state_dict(model.untrained, strict=False)
         trainer = SummaryTrainer(
             model=model,
             args=args,
@@ -206,6 +248,7 @@ def train(experiment, model, tokenizer, train_rows, validation_rows, samples=(),
             eval_dataset=validation_rows,
             sampler=batching.StepSampler(lengths, t.batch_size, passes, experiment.seed, packed),
             pad_id=tokenizer.pad_token_id,
+            tokens=plan["tokens a forward pass"],
             log_path=log_path,
             answer_samples=answer_samples,
             callbacks=[EarlyStoppingCallback(t.early_stopping_patience)] if t.early_stopping_patience else None,
@@ -238,7 +281,7 @@ def train(experiment, model, tokenizer, train_rows, validation_rows, samples=(),
         "rows": {"train": len(train_rows), "validation": len(validation_rows)},
         "cut_prompts": sum(row.cut_tokens > 0 for row in train_rows),
         "train_tokens": trainer.seen_tokens,
-        "train_seconds": round(seconds, 1),
+        "train_seconds": round(trainer.recorder.before + seconds, 1),
         "resumed_from_step": int(checkpoint.rpartition("-")[2]) if checkpoint else None,
         "peak_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 3) if device.type == "cuda" else None,
         "parameters": modeling.count_parameters(model),
@@ -275,6 +318,15 @@ def out_of_memory(trainer, model, plan: dict, checkpoint) -> bool:
         if plan["checkpointing"]:
             model.get_base_model().activation_checkpointing_disable()
     return False
+
+
+def last_checkpoint(folder):
+    """The newest checkpoint that was written whole (the Trainer's state comes last), or None; later ones are deleted."""
+    while folder.is_dir() and (newest := get_last_checkpoint(str(folder))):
+        if (Path(newest) / TRAINER_STATE_NAME).is_file():
+            return newest
+        shutil.rmtree(newest)
+    return None
 
 
 @contextmanager
@@ -353,7 +405,11 @@ def environment(device: torch.device) -> dict:
         "rouge-score",
         "sacrebleu",
     )
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=experiments.ROOT, capture_output=True, text=True)
+    try:
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=experiments.ROOT, capture_output=True, text=True)
+        commit = git.stdout.strip() or None
+    except OSError:  # no git on this machine
+        commit = None
     return {
         "versions": {
             "python": platform.python_version(),
@@ -362,5 +418,5 @@ def environment(device: torch.device) -> dict:
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else f"CPU, {torch.get_num_threads()} threads",
-        "git_commit": git.stdout.strip() or None,
+        "git_commit": commit,
     }

@@ -73,7 +73,7 @@ def test_jsonl_csv_and_mts_column_names_read_alike(repository):
     [
         (
             "dialogue,text\na,b\n",
-            r"mine.csv has the columns dialogue, text; summary missing. Expected dialogue and summary",
+            r"mine.csv has the columns dialogue, text; summary missing in every row. Expected dialogue and summary",
         ),
         ("", r"holds no rows"),
         ("dialogue,summary\na,b\n,c\nd,\n", r"mine.csv: empty dialogue or summary in rows 1, 2"),
@@ -192,6 +192,23 @@ def test_leaked_rows_can_be_left_out_of_training(repository):
     data.prepare(e)
     assert [r["id"] for r in data.train_rows(e)] == ["0", "1", "2", "3", "4", "6"]
     assert data.leaked_ids(e, "test") == {"5"} and data.leaked_ids(e, "validation") == {"7"}
+    test = data.eval_rows(e)
+    assert data.seen_ids(test, data.train_rows(e)) == set()  # the leaked row was left out
+    assert data.seen_ids(test, data.load_split(e, "train")) == {"5"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"dialogue": "a", "summary": "b"}\n{"dialogue": "c", "summ\n', "line 2, column"),
+        ('{"dialogue": "a", "summary": "b"}\n{"dialogue": "c"}\n', "summary missing in row 2"),
+        ('{"dialogue": "a"}\n', "summary missing in every row"),
+    ],
+)
+def test_an_error_in_an_own_file_names_the_line(repository, text, message):
+    (repository / "own.jsonl").write_text(text, encoding="utf-8")
+    with pytest.raises(data.DataError, match=message):
+        data.read_rows(repository / "own.jsonl")
 
 
 @needs_mts

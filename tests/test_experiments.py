@@ -49,7 +49,7 @@ def test_overrides_reach_their_field_and_json_types_are_accepted():
         ({"lora.rank": True}, r"'lora.rank' is True \(bool\)"),
         ({"lora.target_modules": "q_proj"}, r"expected tuple"),
         ({"lora.rank": 0}, r"lora.rank is 0: expected at least 1"),
-        ({"lora.dropout": 1.0}, r"lora.dropout is 1.0"),
+        ({"lora.dropout": 1.0}, r"lora.dropout is 1: expected"),
         ({"lora.target_modules": []}, r"lora.target_modules is empty"),
         ({"quantization.type": "int8"}, r"quantization.type is 'int8': expected one of 'nf4', 'fp4'"),
         (
@@ -140,3 +140,17 @@ def test_jsonl_keeps_line_separators_inside_strings(tmp_path):
 def test_a_missing_file_names_the_notebook_that_writes_it(tmp_path):
     with pytest.raises(FileNotFoundError, match="run notebooks/02_train_qlora.ipynb first"):
         experiments.read_json(tmp_path / "manifest.json", "02_train_qlora")
+
+
+def test_one_value_written_in_two_ways_is_one_run():
+    for key, ways in {
+        "training.epochs": (2, 2.0),
+        "training.max_grad_norm": (1, 1.0),
+        "training.weight_decay": (0, 0.0),
+    }.items():
+        ids = {experiments.load_experiment("demo", **{key: way}).run_id for way in ways}
+        assert len(ids) == 1, key
+    assert (
+        experiments.load_experiment("demo", **{"training.max_grad_norm": 1}).run_id
+        == experiments.load_experiment("demo").run_id
+    )

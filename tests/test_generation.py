@@ -57,7 +57,7 @@ def test_decoding_without_padding_gives_the_same_answers(setup, monkeypatch):
     plain, late = (generation.generate(model, tokenizer, rows, x, progress=False) for x in (e, least))
     assert len({a["tokens"] for a in plain}) > 1 and {a["stop"] for a in plain} == {"eos", "length"} and late != plain
     monkeypatch.setattr(generation, "PREFILL", 150)  # two forward passes
-    monkeypatch.setattr(generation.kernels, "has_varlen", lambda device: True)
+    monkeypatch.setattr(generation.kernels, "has_varlen", lambda *_: True)
     monkeypatch.setattr(model, "generate", None)
     assert generation.generate(model, tokenizer, rows, e, progress=False) == plain
     assert generation.generate(model, tokenizer, rows, least, progress=False) == late
@@ -88,8 +88,9 @@ def test_a_batch_holds_what_half_of_the_free_memory_does(setup, monkeypatch):
     token = 4 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
     stand_in = types.SimpleNamespace(device=torch.device("cuda"), config=c)
     lengths, logits = [90, 40, 10, 10], 8 * c.vocab_size
+    monkeypatch.setattr(generation.modeling, "compute_dtype", lambda *_: torch.bfloat16)
     for is_flat, needed in ((True, 96 + 46 + 16), (False, 96 * 3)):
-        monkeypatch.setattr(generation.kernels, "has_varlen", lambda device, is_flat=is_flat: is_flat)
+        monkeypatch.setattr(generation.kernels, "has_varlen", lambda *_, is_flat=is_flat: is_flat)
         for spare, size in ((0, 3), (-1, 2)):
             free = 2 * (needed * token + 3 * logits + spare)
             monkeypatch.setattr(generation.modeling, "free_bytes", lambda device, free=free: free)

@@ -126,3 +126,33 @@ def test_dropout_keeps_pefts_own_forward(tiny_model):
     model = modeling.add_adapter(modeling.load_base(e, modeling.load_tokenizer(e)), e)
     with kernels.fused(model) as count:
         assert count == 5  # the norms
+
+
+def test_other_architectures_keep_what_is_not_llamas():
+    """Cohere turns its heads in another way and normalises otherwise; Phi has no o_proj, and a bias."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, CohereConfig, PhiConfig
+
+    sizes = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    for config, some in ((CohereConfig(**sizes), True), (PhiConfig(**sizes), False)):
+        torch.manual_seed(0)
+        base = AutoModelForCausalLM.from_config(config)
+        model = get_peft_model(base, LoraConfig(target_modules=["q_proj", "k_proj", "v_proj"], init_lora_weights=False))
+        ids = torch.arange(20)[None]
+        plain = model(input_ids=ids).logits
+        with kernels.fused(model) as count:
+            assert (count > 0) is some
+            torch.testing.assert_close(model(input_ids=ids).logits, plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "expected"),
+    [((9, 0), torch.bfloat16, True), ((8, 0), torch.float16, True), ((9, 0), torch.float32, False), ((7, 5), torch.float16, False)],
+)  # fmt: skip
+def test_flash_attention_takes_16_bits_on_recent_gpus(monkeypatch, capability, dtype, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert kernels.has_varlen(torch.device("cuda"), dtype) is expected
+    assert not kernels.has_varlen(torch.device("cpu"), dtype)

@@ -79,6 +79,14 @@ def test_sixteen_bits_means_no_quantisation(tiny_model):
     e = experiment(tiny_model, **{"quantization.bits": 16})
     model = modeling.load_base(e, modeling.load_tokenizer(e))
     assert not any(isinstance(m, bnb.nn.Linear4bit) for m in model.modules())
+    assert modeling.dequantize(model) is model  # nothing to do, and no error: 03 asks for it
+
+
+def test_dequantising_twice_is_dequantising_once(tiny_model):
+    e = experiment(tiny_model)
+    model = modeling.dequantize(modeling.load_base(e, modeling.load_tokenizer(e)))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    assert all(torch.equal(p, before[name]) for name, p in modeling.dequantize(model).named_parameters())
 
 
 def test_padding_is_never_eos(tiny_model):

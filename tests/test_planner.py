@@ -1,5 +1,6 @@
 """The planner: bytes add up from shapes, batches keep the recipe, a plan fits or says why not."""
 
+import dataclasses
 import json
 
 import pytest
@@ -73,6 +74,12 @@ def test_the_plan_counts_what_will_be_trained(setup):
     assert plan["predicted minutes"] is not None and plan["predicted GiB"] is None  # GPU memory is what is planned
 
 
+def test_max_steps_counts_whatever_epochs_says(setup):
+    e, rows = setup
+    e = dataclasses.replace(e, training=dataclasses.replace(e.training, max_steps=12))
+    assert planner.plan(e, rows * 9)["optimizer steps"] == 12
+
+
 def test_the_benchmark_table_is_made_from_the_committed_results():
     from benchmarks import speed
 
@@ -98,7 +105,7 @@ def on_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(modeling, "compute_dtype", lambda *_: torch.float16)
 
     def plan(name, rows, tflops, gib, packed=True, triton=True, **overrides):
-        monkeypatch.setattr(kernels, "has_varlen", lambda device: packed)
+        monkeypatch.setattr(kernels, "has_varlen", lambda *_: packed)
         monkeypatch.setattr(kernels, "wanted", lambda e, device: triton and e.lora.dropout == 0)
         monkeypatch.setattr(planner, "matmul_rate", lambda *_: tflops * 1e12)
         monkeypatch.setattr(planner, "free_memory", lambda *_: gib * 2**30)

@@ -134,7 +134,7 @@ def test_a_row_is_never_its_own_example(mistral_tokenizer, records):
     [
         ({"prompt_ids": [1, 1, 5]}, "2 BOS tokens"),
         ({"prompt_ids": [5]}, "0 BOS tokens"),
-        ({"prompt_ids": [1, 2, 5]}, "1 EOS tokens inside the prompt"),
+        ({"prompt_ids": [1, 2, 5]}, "1 EOS tokens inside the prompt, expected none"),
         ({"answer_ids": [7]}, "last supervised token is not EOS"),
         ({"answer_ids": [7, 2, 2]}, "last supervised token is not EOS"),
     ],
@@ -143,6 +143,16 @@ def test_check_refuses_a_broken_row(mistral_tokenizer, records, change, message)
     row = prompts.build(records[0], mistral_tokenizer, PLAIN)
     with pytest.raises(prompts.PromptError, match=message):
         prompts.check([dataclasses.replace(row, **change)], mistral_tokenizer, PLAIN)
+
+
+def test_a_chat_template_may_end_turns_with_eos_but_not_the_prompt(mistral_tokenizer, records):
+    turn = "{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
+    mistral_tokenizer.chat_template = "{{ bos_token }}" + turn + "{{ 'Answer:' }}"
+    row = prompts.build_all(records[:1], mistral_tokenizer, CHAT)[0]
+    assert row.prompt_ids.count(mistral_tokenizer.eos_token_id) == 1
+    mistral_tokenizer.chat_template = "{{ bos_token }}" + turn
+    with pytest.raises(prompts.PromptError, match="the prompt ends in EOS"):
+        prompts.build_all(records[:1], mistral_tokenizer, CHAT)
 
 
 def test_template_says_what_a_prompt_is(mistral_tokenizer):

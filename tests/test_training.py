@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -222,10 +223,66 @@ def test_an_interrupted_run_goes_on_and_ends_like_an_uninterrupted_one(setup, mo
     log = [
         json.loads(line) for line in (experiment.run_dir / "train_log.jsonl").read_text(encoding="utf-8").splitlines()
     ]
+    assert [r["step"] for r in log if "loss" in r] == [1, 2, 3, 4, 5, 6]  # none twice
+    seconds = [r["seconds"] for r in log if "loss" in r]
+    assert seconds == sorted(seconds) and manifest["train_tokens"] == losses[-2]["tokens"] == log[-2]["tokens"]
     first_resumed = next(r for r in log[::-1] if r["step"] == 4 and "loss" in r)
     assert first_resumed["loss"] == pytest.approx(
         next(r["loss"] for r in losses if r["step"] == 4 and "loss" in r), rel=1e-4
     )
+
+
+def test_a_half_written_checkpoint_is_passed_over(tmp_path):
+    for step in (4, 8):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    (tmp_path / "checkpoint-4" / "trainer_state.json").write_text("{}", encoding="utf-8")
+    assert training.last_checkpoint(tmp_path).endswith("checkpoint-4")
+    assert training.last_checkpoint(tmp_path / "none") is None
+
+
+def test_the_training_cell_run_again_starts_from_a_fresh_adapter(setup, monkeypatch):
+    experiment, tokenizer, rows = setup
+    experiment = dataclasses.replace(experiment, training=dataclasses.replace(experiment.training, max_steps=2))
+    model = fresh(experiment, tokenizer)
+    trained = []
+    for _ in range(2):
+        training.train(experiment, model, tokenizer, rows, rows[:2])
+        trained.append(weights(model))
+        shutil.rmtree(experiment.run_dir)  # as the message of a finished run says
+    assert all(torch.equal(value, trained[1][name]) for name, value in trained[0].items())
+
+
+def test_an_adapter_made_for_other_parameters_is_refused(setup):
+    experiment, tokenizer, rows = setup
+    model = fresh(experiment, tokenizer)
+    other = dataclasses.replace(experiment, lora=dataclasses.replace(experiment.lora, rank=2))
+    with pytest.raises(training.TrainingError, match="made for run .* run the cell that loads the model again"):
+        training.train(other, model, tokenizer, rows, rows[:2])
+
+
+def test_a_finished_run_without_its_adapter_says_what_to_do(setup):
+    experiment, tokenizer, rows = setup
+    experiment = dataclasses.replace(experiment, training=dataclasses.replace(experiment.training, max_steps=1))
+    model = fresh(experiment, tokenizer)
+    training.train(experiment, model, tokenizer, rows, rows[:2])
+    (experiment.run_dir / "adapter" / "adapter_model.safetensors").unlink()
+    with pytest.raises(training.TrainingError, match="its adapter is gone: delete the folder"):
+        training.train(experiment, model, tokenizer, rows, rows[:2])
+
+
+def test_validation_passes_are_no_larger_than_training_passes(setup):
+    _, _, rows = setup
+    longest = max(len(row.input_ids) for row in rows)
+    for tokens in (1, longest, 3 * longest, 10**6):
+        batches = training.validation_batches(rows, tokens)
+        assert sorted(row.id for batch in batches for row in batch) == sorted(row.id for row in rows)
+        assert all(len(b) == 1 or len(b) * max(len(r.input_ids) for r in b) <= tokens for b in batches)
+        assert max(map(len, batches)) <= training.EVAL_BATCH
+
+
+def test_a_machine_without_git_records_no_commit(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert training.environment(torch.device("cpu"))["git_commit"] is None
 
 
 def test_the_best_adapter_is_kept_and_early_stopping_stops(setup):
@@ -307,3 +364,15 @@ def test_short_walks_meet_the_trainable_parameters_and_leave_no_trace(tiny_model
         assert all(p.grad is None for p in adapter)
     assert len(list(model.parameters())) == len(everything) > len(adapter)
     assert not {"parameters", "zero_grad", "train"} & set(vars(model))
+
+
+def test_an_adapter_is_not_scored_on_other_data(setup, monkeypatch):
+    experiment, tokenizer, rows = setup
+    experiment = dataclasses.replace(experiment, training=dataclasses.replace(experiment.training, max_steps=1))
+    inputs = {"data": {"train": "a"}, "base_model": modeling.fingerprint(experiment)}
+    training.train(experiment, fresh(experiment, tokenizer), tokenizer, rows, rows[:2], inputs=inputs)
+    monkeypatch.setattr(modeling.data, "fingerprint", lambda e: {"train": "a"})
+    assert modeling.load_finetuned(experiment, tokenizer) is not None
+    monkeypatch.setattr(modeling.data, "fingerprint", lambda e: {"train": "b"})
+    with pytest.raises(modeling.ModelError, match="was trained on other data.*delete the folder and train again"):
+        modeling.load_finetuned(experiment, tokenizer)
