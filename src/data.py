@@ -197,7 +197,7 @@ def read_rows(path: Path) -> list[dict]:
             "dialogue": normalise(row["dialogue"]),
             "summary": normalise(row["summary"]),
         }
-        for number, row in enumerate(table)
+        for number, row in enumerate(table, 1)
     ]
 
 
@@ -261,6 +261,8 @@ def usable(rows: list[dict], path: Path, strict: bool) -> tuple[list[dict], list
     seen, duplicates = set(), []
     for row in rows:
         (duplicates.append if row["id"] in seen else seen.add)(row["id"])
+    if "" in seen:
+        raise DataError(f"{relative(path)} has rows whose id is empty: give every row an id, or leave the column out.")
     if duplicates:
         raise DataError(
             f"{relative(path)} uses {_some(duplicates, 'id')} more than once: every row of a file needs an id of its own."

@@ -61,7 +61,7 @@ def test_jsonl_csv_and_mts_column_names_read_alike(repository):
         b'\xef\xbb\xbfID,section_header,section_text,dialogue\n7,CC,None,"A: x\r\nB: y"\n'
     )
     assert data.read_rows(repository / "a.jsonl") == [
-        {"id": "0", "section": "", "dialogue": "A: x\nB: y", "summary": "None"}
+        {"id": "1", "section": "", "dialogue": "A: x\nB: y", "summary": "None"}
     ]
     assert data.read_rows(repository / "a.csv") == [
         {"id": "7", "section": "CC", "dialogue": "A: x\nB: y", "summary": "None"}
@@ -76,7 +76,7 @@ def test_jsonl_csv_and_mts_column_names_read_alike(repository):
             r"mine.csv has the columns dialogue, text; summary missing in every row. Expected dialogue and summary",
         ),
         ("", r"holds no rows"),
-        ("dialogue,summary\na,b\n,c\nd,\n", r"mine.csv: empty dialogue or summary in rows 1, 2"),
+        ("dialogue,summary\na,b\n,c\nd,\n", r"mine.csv: empty dialogue or summary in rows 2, 3"),
         ("id,dialogue,summary\n1,a,b\n1,c,d\n", r"uses id 1 more than once"),
         (
             b"dialogue,summary\na,b\nc,caf\xe9\n",
@@ -209,6 +209,16 @@ def test_an_error_in_an_own_file_names_the_line(repository, text, message):
     (repository / "own.jsonl").write_text(text, encoding="utf-8")
     with pytest.raises(data.DataError, match=message):
         data.read_rows(repository / "own.jsonl")
+
+
+def test_rows_without_an_id_are_counted_from_one_and_an_empty_id_is_refused(repository):
+    path = repository / "own.csv"
+    path.write_text("dialogue,summary\na,b\nc,\n", encoding="utf-8")
+    with pytest.raises(data.DataError, match="empty dialogue or summary in row 2"):
+        data.usable(data.read_rows(path), path, strict=True)
+    path.write_text("id,dialogue,summary\n,a,b\n,c,d\n", encoding="utf-8")
+    with pytest.raises(data.DataError, match="rows whose id is empty"):
+        data.usable(data.read_rows(path), path, strict=True)
 
 
 @needs_mts
