@@ -153,6 +153,7 @@ def runs_table(dataset: str) -> pd.DataFrame:
             continue
         tuned = metrics["systems"]["finetuned"]["all"]
         rows[metrics["run_id"]] = {
+            **({"file": config["data"]["train_file"]} if dataset == "custom" else {}),
             "base model": config["base_model"],
             "split": metrics["split"],
             "n": metrics["n"],

@@ -204,10 +204,11 @@ def train(experiment, model, tokenizer, train_rows, validation_rows, samples=(),
     run, t, device = experiment.run_dir, experiment.training, model.device
     begin_run(experiment, inputs)
     if (run / "manifest.json").exists():
-        if not (run / "adapter" / "adapter_model.safetensors").exists():
-            raise TrainingError(
-                f"{experiments.relative(run)} is of a finished run, and its adapter is gone: delete the folder to train again."
-            )
+        for name in ("adapter/adapter_model.safetensors", "train_log.jsonl"):
+            if not (run / name).exists():
+                raise TrainingError(
+                    f"{experiments.relative(run)} is of a finished run, and its {name} is gone: delete the folder to train again."
+                )
         print(
             f"{experiments.relative(run)} holds this run, finished: its adapter is loaded. Delete the folder to train again."
         )

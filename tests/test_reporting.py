@@ -75,6 +75,8 @@ def test_all_runs_of_a_dataset_are_listed(run):
     table = reporting.runs_table("demo")
     assert list(table.index) == [run.run_id] and table["n"].item() == 12
     assert len(reporting.runs_table("samsum")) == 0
+    (run.run_dir / "config.json").unlink()  # half a folder stops no other run's notebook
+    assert len(reporting.runs_table("demo")) == 0
 
 
 def test_a_missing_prediction_file_names_notebook_03(run):

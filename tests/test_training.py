@@ -260,13 +260,14 @@ def test_an_adapter_made_for_other_parameters_is_refused(setup):
         training.train(other, model, tokenizer, rows, rows[:2])
 
 
-def test_a_finished_run_without_its_adapter_says_what_to_do(setup):
+@pytest.mark.parametrize("gone", ["train_log.jsonl", "adapter/adapter_model.safetensors"])
+def test_a_finished_run_without_one_of_its_files_says_what_to_do(setup, gone):
     experiment, tokenizer, rows = setup
     experiment = dataclasses.replace(experiment, training=dataclasses.replace(experiment.training, max_steps=1))
     model = fresh(experiment, tokenizer)
     training.train(experiment, model, tokenizer, rows, rows[:2])
-    (experiment.run_dir / "adapter" / "adapter_model.safetensors").unlink()
-    with pytest.raises(training.TrainingError, match="its adapter is gone: delete the folder"):
+    (experiment.run_dir / gone).unlink()
+    with pytest.raises(training.TrainingError, match=f"its {gone} is gone: delete the folder"):
         training.train(experiment, model, tokenizer, rows, rows[:2])
 
 
