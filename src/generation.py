@@ -114,7 +114,7 @@ def batch_size(model, lengths: list[int], experiment) -> int:
     return max(1, size)
 
 
-def _decode(model, prompts: list[list[int]], config, seed: int, bar=None) -> list[list[int]]:
+def _decode(model, prompts: list[list[int]], config, seed: int, bar) -> list[list[int]]:
     """New token ids of each prompt, by transformers' `generate` on left-padded prompts; may hold padding after EOS."""
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width), config.pad_token_id)
@@ -168,7 +168,7 @@ class FlatCache(DynamicCache):
         return {"past_key_values": self, "use_cache": True, "cu_seq_lens_k": begin.int(), "seqused_k": used.int()}
 
 
-def _decode_flat(model, prompts: list[list[int]], config, seed: int, bar=None) -> list[list[int]]:
+def _decode_flat(model, prompts: list[list[int]], config, seed: int, bar) -> list[list[int]]:
     """New token ids of each prompt, the likeliest at every step. No token of padding is computed, and no row after its EOS.
 
     In place of transformers' `generate`, which pads prompts and cache to the longest row and goes on with finished rows.
@@ -203,8 +203,7 @@ def _decode_flat(model, prompts: list[list[int]], config, seed: int, bar=None) -
         found[rows, step - 1] = tokens
         going = tokens != config.eos_token_id
         rows, used, tokens = rows[going], used[going], tokens[going]
-        if bar is not None:
-            bar.update(len(going) - len(rows))
+        bar.update(len(going) - len(rows))
         if not len(rows) or step == config.max_new_tokens:
             break
         each = torch.arange(len(rows) + 1, device=device, dtype=torch.int32)  # a query a row

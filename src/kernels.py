@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from torch import nn
 
 NAME = "varlen"
-PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}  # what `fused` replaces
 
 
 # ---------------------------------------------------------------- attention
@@ -294,6 +293,7 @@ def rotary(q, k, cos, sin, unsqueeze_dim=1):
     return q.transpose(1, 2), k.transpose(1, 2)
 
 
+@functools.cache
 def _is_llamas(owner, name: str, of: str | None = None) -> bool:
     """Whether the function of this name is word for word Llama's, as in Mistral, Qwen and many more; others keep their own."""
     from transformers.models.llama import modeling_llama

@@ -120,9 +120,8 @@ class Log(TrainerCallback):
                 row for row in experiments.read_jsonl(self.path, "02_train_qlora") if row["step"] <= state.global_step
             ]
             experiments.write_jsonl(self.path, rows)
-            measured = [row for row in rows if "loss" in row][-1:]
-            for row in measured:
-                self.trainer.seen_tokens, self.seconds = row["tokens"], row["seconds"]
+            if measured := [row for row in rows if "loss" in row]:
+                self.trainer.seen_tokens, self.seconds = measured[-1]["tokens"], measured[-1]["seconds"]
             self.last, self.before = (self.trainer.seen_tokens, self.seconds), self.seconds
 
     def on_step_begin(self, args, state, control, **kwargs):

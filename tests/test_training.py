@@ -240,7 +240,7 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path):
     assert training.last_checkpoint(tmp_path / "none") is None
 
 
-def test_the_training_cell_run_again_starts_from_a_fresh_adapter(setup, monkeypatch):
+def test_the_training_cell_run_again_starts_from_a_fresh_adapter(setup):
     experiment, tokenizer, rows = setup
     experiment = dataclasses.replace(experiment, training=dataclasses.replace(experiment.training, max_steps=2))
     model = fresh(experiment, tokenizer)
