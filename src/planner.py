@@ -11,7 +11,7 @@ import time
 import torch
 from torch import nn
 
-from src import batching, kernels, modeling
+from src import batching, experiments, kernels, modeling
 
 TOKENS = 16384  # a forward pass above this gains no speed (measured on an H200)
 RESERVE = 0.95  # share of the free memory that a plan may fill: the rest is fragmentation
@@ -139,7 +139,7 @@ def plan(experiment, rows) -> dict:
             "predicted minutes": round(seconds / 60, 1),
         }
     fused = kernels.wanted(experiment, device)
-    whole = fused and kernels.PROJECTIONS <= set(
+    whole = fused and set(experiments.ALL_LINEAR) <= set(
         experiment.lora.target_modules
     )  # memory and speed of every layer fused
     rate = matmul_rate(device, modeling.compute_dtype(experiment, device))
