@@ -28,11 +28,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 HERE = Path(__file__).resolve().parent
 RECIPE = {"training.optimizer": "adamw_torch_fused", "quantization.double": True, "lora.rank": 32, "lora.dropout": 0.0}
 TRAIN = {  # setup: overrides of samsum_best; rows a step, steps, and what limits memory
-    "ours": {"training.batch_size": 54, "training.max_steps": 25},
     "ours_64gib": {"training.batch_size": 54, "training.max_steps": 25, "training.memory_gib": 64.0},
     "ours_checkpointed": {"training.batch_size": 32, "training.max_steps": 25, "training.memory_gib": 10.0, "training.checkpointing": "on"},
     "ours_batch_16": {"training.batch_size": 16, "training.max_steps": 60},
     "ours_batch_3": {"training.batch_size": 3, "training.max_steps": 120},
+    "ours_batch_3_dropout": {"training.batch_size": 3, "training.max_steps": 60, "lora.dropout": 0.1},  # as `samsum`
     "ours_dropout": {"training.batch_size": 54, "training.max_steps": 15, "lora.dropout": 0.1},
     "ours_plain_layers": {"training.batch_size": 54, "training.max_steps": 15, "training.kernels": "off"},
     "ours_padded": {"training.batch_size": 54, "training.max_steps": 15, "training.packing": "off"},
@@ -40,6 +40,7 @@ TRAIN = {  # setup: overrides of samsum_best; rows a step, steps, and what limit
 } | {
     f"capped_{gib}": {"training.batch_size": 16, "training.max_steps": 25, "training.memory_gib": float(gib)} for gib in (15, 22, 38, 78)
 }  # fmt: skip
+JOB = {"training.batch_size": 16, "training.epochs": 3}
 
 CPU = {
     "cpu_length_sorted": ("off", 16),
@@ -248,7 +249,7 @@ def job(folder: str) -> dict:
 
     from src import generation, kernels, modeling
 
-    trained = train(folder, "job", "train", {"training.batch_size": 16, "training.epochs": 3}, warmup=30)
+    trained = train(folder, "job", "train", JOB, warmup=30)
     modeling.free_cuda()
     encoded, seconds = rows("test"), {}
     e, tokenizer = load(folder, {"generation.max_new_tokens": 256, "generation.min_new_tokens": 256})

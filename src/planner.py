@@ -5,6 +5,7 @@ architecture); the time from the GPU's measured matrix-product rate. Constants t
 where they were measured; benchmarks/README.md holds predicted against measured.
 """
 
+import itertools
 import math
 import time
 
@@ -65,8 +66,11 @@ def memory(
     four_bit = 0.5 + (1 / 64 + 4 / (64 * 256) if q.double else 4 / 64)  # blocks of 64 share an absmax
     weights = s["linear"] * (2 if dequantized or q.bits == 16 else four_bit) + s["other"] * 2
     h, i, kv = s["hidden"], s["intermediate"], s["kv"]
-    # 16-bit numbers a token keeps in a layer for the backward pass: inputs of norms and projections, q, k, v, attention, gate, up
-    kept = (6 * h + 2 * kv + 2 * i + 7 * r) if fused else (10 * h + 2 * kv + 4 * i + 14 * r)
+    # 16-bit numbers a token keeps in a layer for the backward pass: inputs of norms and projections, q, k, v, attention, gate, up;
+    # PEFT's own layers keep the norms' inputs in float32, every step of the activation and, for each projection, dropout's output and mask
+    kept = (6 * h + 2 * kv + 2 * i + 7 * r) if fused else (8 * h + 2 * kv + 4 * i + 14 * r)
+    if experiment.lora.dropout:
+        kept += 7 * h + i // 2
     layer = 2 * tokens * kept
     logits = supervised * s["vocabulary"] * 14  # 16-bit, float32, log-softmax and their gradients
     activations = s["layers"] * layer
@@ -117,8 +121,7 @@ def plan(experiment, rows) -> dict:
     """
     t, device = experiment.training, modeling.resolve_device(experiment.device)
     lengths = [len(row.input_ids) for row in rows]
-    per_epoch = math.ceil(len(rows) / t.batch_size)
-    steps = t.max_steps or math.ceil(t.epochs * per_epoch)
+    steps = _steps(experiment, len(rows))
     tokens = sum(lengths) / len(rows) * min(t.batch_size, len(rows)) * steps  # of the whole training
     packed = t.packing == "on" or (
         t.packing == "auto" and kernels.has_varlen(device, modeling.compute_dtype(experiment, device))
@@ -195,20 +198,26 @@ def _format(experiment, dequantized: bool) -> str:
     return f"{experiment.quantization.type}, {'dequantised once' if dequantized else 'dequantised at every use'}"
 
 
+def _steps(experiment, rows: int) -> int:
+    t = experiment.training
+    return t.max_steps or math.ceil(t.epochs * math.ceil(rows / t.batch_size))
+
+
 def _batches(experiment, lengths, packed: bool, budget: int) -> tuple[int, int]:
     """(forward passes a step, tokens of the largest one, padding included): the fewest passes that keep within `budget` tokens.
 
     A row that is longer than the budget passes alone.
     """
     t = experiment.training
+    steps, per_epoch = _steps(experiment, len(lengths)), math.ceil(len(lengths) / t.batch_size)
 
     def largest(passes):
         sampler = batching.StepSampler(lengths, t.batch_size, passes, experiment.seed, packed)
         sizes = []
-        epochs = t.max_steps * t.batch_size / len(lengths) if t.max_steps else t.epochs
-        for epoch in range(max(1, math.ceil(epochs))):
+        for epoch in range(math.ceil(steps / per_epoch)):
             sampler.set_epoch(epoch)
-            own = ([lengths[i] for i in batch] for batch in sampler)
+            run = itertools.islice(sampler, (steps - epoch * per_epoch) * passes)
+            own = ([lengths[i] for i in batch] for batch in run)
             sizes.append(max(sum(b) if packed else max(b) * len(b) for b in own))
         return max(sizes)
 
