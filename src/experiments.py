@@ -164,6 +164,7 @@ def _named() -> dict[str, Experiment]:
             max_grad_norm=0.3,
             optimizer="paged_adamw_32bit",
             eval_steps=500,
+            keep_best=False,
         ),
     )
     best = dict(

@@ -20,6 +20,7 @@ import transformers
 from src import data, experiments, generation, modeling, prompts, reporting, scoring, training
 
 SEEDS = (1, 2, 3)
+RECIPE2_TURN = "You are a helpful assistant. Your task is to generate following dialogue summarization:"
 STUDENT = {
     2: 12.706,
     3: 4.303,
@@ -81,6 +82,11 @@ def recipe1_split(rows: list[dict]) -> tuple[list[int], list[int]]:
 
 def recipe1_prompt(row: dict) -> str:
     return f"Summarize the following dialogue for section: {row['section']}\n{row['dialogue']}\nSummary:"
+
+
+def recipe2_prompt(dialogue: str) -> str:
+    """What recipe 2 gives its models to continue: the training text with the summary left out."""
+    return f"<s>[INST] {RECIPE2_TURN}\n{dialogue}[/INST]\n</s>"
 
 
 def recipe1_protocol(rows: list[dict], validation: list[int], tokenizer) -> dict[str, list[str]]:

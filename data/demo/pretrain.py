@@ -193,7 +193,9 @@ def public_documents(folder: Path, mts: Path, log=print) -> dict[str, list[str]]
     """{source: texts}; MTS-Dialog's dialogues and notes are separate texts, shuffled apart."""
     texts = {}
     for path in sorted(folder.glob("*.jsonl.gz")):
-        source = next(name for name in PUBLIC_WEIGHTS if path.name.startswith(name))
+        source = next((name for name in PUBLIC_WEIGHTS if path.name.startswith(name)), None)
+        if source is None:
+            raise SystemExit(f"{path}: unknown source; a name begins with one of {', '.join(PUBLIC_WEIGHTS)}")
         with gzip.open(path, "rt", encoding="utf-8") as lines:
             texts.setdefault(source, []).extend(json.loads(line)["text"] for line in lines)
     with open(mts, encoding="utf-8", newline="") as file:
