@@ -109,6 +109,28 @@ def flat_rows(ids: list[int], lengths: list[int]) -> dict:
     }
 
 
+@torch.no_grad()
+def rows_stay_apart(model) -> bool:
+    """Whether a row packed behind another gets the logits that it gets alone; tried once for each model.
+
+    True of attention alone. Layers that carry a state along the sequence (Mamba, convolutions), or that number positions
+    themselves, mix packed rows.
+    """
+    if not hasattr(model, "packs_rows"):
+        training = model.training
+        model.eval()
+        first, second = [5, 6, 7, 8, 9, 10, 11], [12, 13, 14, 15, 16]
+        flat = {
+            key: value.to(model.device) if torch.is_tensor(value) else value
+            for key, value in flat_rows(first + second, [len(first), len(second)]).items()
+        }
+        packed = model(**flat, use_cache=False).logits[0, len(first) :].float()
+        alone = model(input_ids=torch.tensor([second], device=model.device), use_cache=False).logits[0].float()
+        model.packs_rows = bool((packed - alone).abs().max() <= 0.1 * alone.abs().max())  # 16 bits: a few hundredths
+        model.train(training)
+    return model.packs_rows
+
+
 def _supervise(labels: torch.Tensor, rows) -> dict:
     """Labels (rows, T); `positions`: columns whose logits are needed; `targets` (rows, positions); counts of real and supervised tokens.
 

@@ -109,7 +109,7 @@ def source_files(experiment, progress: bool = True) -> dict[str, Path]:
     given = {"train": d.train_file, "validation": d.validation_file, "test": d.test_file}
     if bool(d.validation_file) != bool(d.test_file):
         raise DataError(
-            "Only one of data.validation_file and data.test_file is given: give both, or neither to have train_file split by seed."
+            "Only one of data.validation_file and data.test_file is given: give both, or neither to have train_file split by data.split_seed."
         )
     return {split: experiments.ROOT / name for split, name in given.items() if name}
 
@@ -361,14 +361,14 @@ def prepare(experiment, progress: bool = True) -> dict:
     for split, path in files.items():
         rows[split], dropped[split] = usable(read_rows(path), path, strict=custom)
     if list(rows) == ["train"]:
-        rows = split_by_seed(rows["train"], experiment.seed)
+        rows = split_by_seed(rows["train"], experiment.data.split_seed)
     leaks = audit(rows)
     folder = experiment.processed_dir
     written = {split: write_jsonl(folder / f"{split}.jsonl", part) for split, part in rows.items()}
     report = {
         "dataset": experiment.data.dataset,
         "sources": {split: {"file": relative(path), "sha256": sha256_file(path)} for split, path in files.items()},
-        "split_seed": experiment.seed if custom and len(files) == 1 else None,
+        "split_seed": experiment.data.split_seed if custom and len(files) == 1 else None,
         "rows": {split: len(part) for split, part in rows.items()},
         "dropped": {split: items for split, items in dropped.items() if items},
         "leaks": {name: {pair: len(ids) for pair, ids in part.items()} for name, part in leaks.items()},
@@ -392,9 +392,9 @@ def report(experiment) -> dict:
             s: {"file": relative(experiments.ROOT / n), "sha256": sha256_file(experiments.ROOT / n)}
             for s, n in sources.items()
         }
-        if found["sources"] != expected or (len(expected) == 1 and found["split_seed"] != experiment.seed):
+        if found["sources"] != expected or (len(expected) == 1 and found["split_seed"] != experiment.data.split_seed):
             raise DataError(
-                f"The prepared rows come from {found['sources']}, seed {found['split_seed']}; expected {expected}, seed {experiment.seed}. {again}"
+                f"The prepared rows come from {found['sources']}, seed {found['split_seed']}; expected {expected}, seed {experiment.data.split_seed}. {again}"
             )
     for split, sha in found["processed"].items():
         path = experiment.processed_dir / f"{split}.jsonl"

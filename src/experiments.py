@@ -33,8 +33,9 @@ class Data:
     eval_rows: int | None = None  # the first n rows of eval_split; None: all
     drop_leaked: bool = False  # leave out training rows whose dialogue also occurs in validation or test
     train_file: str | None = None  # custom only: CSV or JSONL with dialogue, summary (optional: id, section)
-    validation_file: str | None = None  # custom only; without it and test_file, train_file is split by seed
+    validation_file: str | None = None  # custom only; without it and test_file, train_file is split by split_seed
     test_file: str | None = None  # custom only
+    split_seed: int = 42  # custom only: of that split; apart from seed, so that all seeds have the same test rows
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,15 @@ class Generation:
     dequantize: str = "auto"  # on: NF4 to 16-bit weights once, same function, faster | off | auto: if memory allows
 
 
+MACHINE = (  # fields that say how a machine computes, not what: they may change between training and evaluation
+    "device",
+    "training.memory_gib",
+    "training.keep_checkpoints",
+    "generation.batch_size",
+    "generation.dequantize",
+)
+
+
 @dataclass(frozen=True)
 class Experiment:
     name: str
@@ -118,8 +128,12 @@ class Experiment:
 
     @property
     def run_id(self) -> str:
-        """The name plus the first 8 hex digits of the sha256 of all resolved values: same parameters, same run."""
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        """The name plus the first 8 hex digits of the sha256 of all resolved values but MACHINE's: same parameters, same run."""
+        values = dataclasses.asdict(self)
+        for key in MACHINE:
+            part, _, name = key.rpartition(".")
+            del (values[part] if part else values)[name]
+        text = json.dumps(values, sort_keys=True)
         return f"{self.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
     @property
@@ -312,7 +326,6 @@ _AT_LEAST = {  # the smallest value that makes sense; None is always allowed whe
     "lora.rank": 1,
     "lora.alpha": 1,
     "lora.dropout": 0,
-    "training.epochs": 0,
     "training.max_steps": 1,
     "training.batch_size": 1,
     "training.micro_batch_size": 1,
@@ -350,6 +363,7 @@ def _check(e: Experiment):
             not e.lora.target_modules,
             "lora.target_modules is empty: name at least one linear layer, e.g. q_proj.",
         ),
+        (t.epochs <= 0, f"training.epochs is {t.epochs}: expected more than 0."),
         (e.lora.dropout >= 1, f"lora.dropout is {e.lora.dropout}: expected a probability below 1."),
         (
             t.micro_batch_size is not None and t.batch_size % t.micro_batch_size != 0,

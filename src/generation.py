@@ -13,11 +13,14 @@ from src import batching, kernels, modeling
 PREFILL = 16384  # prompt tokens read in one forward pass
 
 
-def generation_config(experiment, tokenizer):
-    """The experiment's decoding settings as a transformers GenerationConfig; nothing is inherited from the model's own."""
+def generation_config(experiment, tokenizer, model):
+    """The experiment's decoding settings as a transformers GenerationConfig.
+
+    Of the model's own only the tokens that end an answer are kept: chat models often have several, and their tokenizer names one.
+    """
     from transformers import GenerationConfig
 
-    g = experiment.generation
+    g, own = experiment.generation, model.generation_config.eos_token_id
     return GenerationConfig(
         max_new_tokens=g.max_new_tokens,
         min_new_tokens=g.min_new_tokens or None,
@@ -28,7 +31,7 @@ def generation_config(experiment, tokenizer):
         do_sample=g.do_sample,
         temperature=g.temperature if g.do_sample else None,
         top_p=g.top_p if g.do_sample else None,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}),
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
     )
@@ -44,7 +47,7 @@ def generate(model, tokenizer, rows, experiment, label: str = "", progress: bool
     """
     was_training = model.training
     model.eval()
-    config = generation_config(experiment, tokenizer)
+    config = generation_config(experiment, tokenizer, model)
     decode = _decode_flat if flat(model, experiment) else _decode
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].prompt_ids))
     results, start, most = [None] * len(rows), 0, experiment.generation.batch_size
@@ -60,14 +63,14 @@ def generate(model, tokenizer, rows, experiment, label: str = "", progress: bool
             if len(chosen) == 1:
                 raise modeling.ModelError(
                     f"The GPU's memory does not hold one prompt of {len(rows[chosen[0]].prompt_ids)} tokens and its answer. "
-                    "Lower prompt.max_tokens or generation.max_new_tokens, set generation.dequantize to 'off', or free the GPU."
+                    "Set generation.dequantize to 'off' or free the GPU; else train with a lower prompt.max_tokens or generation.max_new_tokens."
                 )
             most = len(chosen) // 2
             print(f"Out of GPU memory: going on with {most} prompts a batch.")
             modeling.free_cuda()
             continue
         for i, new in zip(chosen, decoded, strict=True):
-            results[i] = answer(rows[i], new, tokenizer)
+            results[i] = answer(rows[i], new, tokenizer, config.eos_token_id)
         start += len(chosen)
         bar.update(start - bar.n)
     bar.close()
@@ -75,10 +78,11 @@ def generate(model, tokenizer, rows, experiment, label: str = "", progress: bool
     return results
 
 
-def answer(row, new: list[int], tokenizer) -> dict:
-    """The entry of `generate` for a row and its new token ids, which may hold padding after EOS."""
-    stopped = tokenizer.eos_token_id in new
-    new = new[: new.index(tokenizer.eos_token_id) + 1] if stopped else new
+def answer(row, new: list[int], tokenizer, ends: list[int]) -> dict:
+    """The entry of `generate` for a row and its new token ids, which may hold padding after the first of `ends`."""
+    end = next((n for n, token in enumerate(new) if token in ends), None)
+    stopped = end is not None
+    new = new[: end + 1] if stopped else new
     return {
         "id": row.id,
         "prediction": tokenizer.decode(new[:-1] if stopped else new, skip_special_tokens=True).strip(),
@@ -90,17 +94,18 @@ def answer(row, new: list[int], tokenizer) -> dict:
 
 
 def flat(model, experiment) -> bool:
-    """Whether prompts are decoded without padding (`_decode_flat`): greedily, where variable-length flash attention runs."""
+    """Whether prompts are decoded without padding (`_decode_flat`): greedily, where variable-length flash attention runs, and rows can be packed."""
     g = experiment.generation
     greedy = g.num_beams == 1 and not g.do_sample and not g.no_repeat_ngram_size
-    return greedy and kernels.has_varlen(model.device, modeling.compute_dtype(experiment, model.device))
+    fast = kernels.has_varlen(model.device, modeling.compute_dtype(experiment, model.device))
+    return greedy and fast and batching.rows_stay_apart(model)
 
 
 def batch_size(model, lengths: list[int], experiment) -> int:
     """How many of the prompts, in tokens and longest first, to decode together: 64 on a CPU; what half of a GPU's free memory holds, at most 1,024."""
     if model.device.type != "cuda":
         return 64
-    c, g = model.config, experiment.generation
+    c, g = model.config.get_text_config(), experiment.generation
     heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
     width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     token = 2 * 2 * c.num_hidden_layers * heads * width  # bytes of 16-bit keys and values
@@ -158,7 +163,7 @@ class FlatCache(DynamicCache):
     def __init__(self, config, room: torch.Tensor):
         super().__init__()
         self.begin = F.pad(room.cumsum(0), (1, 0))  # (rows + 1,)
-        self.layers = [_FlatLayer(int(room.sum())) for _ in range(config.num_hidden_layers)]
+        self.layers = [_FlatLayer(int(room.sum())) for _ in range(config.get_text_config().num_hidden_layers)]
 
     def stretch(self, rows: torch.Tensor, used: torch.Tensor, new: torch.Tensor) -> dict:
         """The attention arguments for `rows` (ascending) that hold `used` tokens each with those at the slots `new`, which are written."""
@@ -176,6 +181,7 @@ def _decode_flat(model, prompts: list[list[int]], config, seed: int, bar) -> lis
     device, count = model.device, len(prompts)
     lengths = torch.tensor([len(p) for p in prompts])
     cache = FlatCache(model.config, (lengths + config.max_new_tokens).to(device))
+    ends = torch.tensor(config.eos_token_id, device=device)
 
     def likeliest(step, **inputs):
         logits = model(**inputs).logits[0]
@@ -201,7 +207,7 @@ def _decode_flat(model, prompts: list[list[int]], config, seed: int, bar) -> lis
     longest = int(lengths.max())
     for step in range(1, config.max_new_tokens + 1):
         found[rows, step - 1] = tokens
-        going = tokens != config.eos_token_id
+        going = torch.isin(tokens, ends, invert=True)
         rows, used, tokens = rows[going], used[going], tokens[going]
         bar.update(len(going) - len(rows))
         if not len(rows) or step == config.max_new_tokens:

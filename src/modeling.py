@@ -81,7 +81,9 @@ def load_tokenizer(experiment):
     from transformers import AutoTokenizer
 
     with hub_errors(experiment, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(model_source(experiment), revision=experiment.revision)
+        tokenizer = AutoTokenizer.from_pretrained(
+            model_source(experiment), revision=experiment.revision, mistral_format=False
+        )
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"The tokenizer of {experiment.base_model!r} has no EOS token, so no summary could ever end: choose another base_model."
@@ -126,6 +128,11 @@ def load_base(experiment, tokenizer, device: torch.device | None = None):
             dtype=dtype,
             attn_implementation=kernels.NAME,
             use_safetensors=True,
+        )
+    if not model._supports_sdpa or getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+        raise ModelError(
+            f"{experiment.base_model} ({type(model).__name__}) has an attention of its own (sinks or soft-capped scores), which torch's sdpa "
+            "does not compute: choose another base_model."
         )
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         torch.manual_seed(experiment.seed)  # the new rows are drawn from the old rows' mean and covariance
@@ -189,7 +196,7 @@ def load_finetuned(experiment, tokenizer):
     if commit != manifest["base_commit"]:
         raise ModelError(
             f"The adapter in {experiments.relative(experiment.run_dir)} was trained on commit {manifest['base_commit']} of {experiment.base_model}, "
-            f"and revision {experiment.revision!r} is now {commit}: set revision to the former, or train again."
+            f"and revision {experiment.revision!r} is now {commit}: delete the folder and train again, with revision set to a commit."
         )
     model = PeftModel.from_pretrained(base, experiment.run_dir / "adapter")
     model.base_commit = commit

@@ -36,11 +36,17 @@ def shapes(experiment) -> dict:
 
     with modeling.hub_errors(experiment, "configuration"):
         config = AutoConfig.from_pretrained(modeling.model_source(experiment), revision=experiment.revision)
+    whole, config = config, config.get_text_config()
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(whole)
     head = model.get_output_embeddings()
     linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
     targets = [m for n, m in model.named_modules() if n.rpartition(".")[2] in experiment.lora.target_modules]
+    if not linear:
+        raise modeling.ModelError(
+            f"{experiment.base_model} ({type(model).__name__}) has no linear layers (torch.nn.Linear), so nothing to quantise or adapt: "
+            "choose another base_model."
+        )
     weights = sum(m.weight.numel() for m in linear.values())
     return {
         "layers": config.num_hidden_layers,
@@ -167,7 +173,12 @@ def plan(experiment, rows) -> dict:
             seconds = flop / rate / (SHARE[checkpointing] if whole else PLAIN)
             if not dequantized and experiment.quantization.bits == 4:  # read 4 bits, write 16, every pass
                 seconds += steps * passes * (3 if checkpointing else 2) * 2.5 * s["linear"] / DEQUANTIZE
-            launch = PASS_SECONDS[dequantized] * (1.4 if checkpointing else 1) * s["layers"] / 32
+            launch = (
+                PASS_SECONDS[dequantized or experiment.quantization.bits == 16]
+                * (1.4 if checkpointing else 1)
+                * s["layers"]
+                / 32
+            )
             seconds = max(seconds, steps * passes * launch)
             found.append((seconds, passes, size, checkpointing, dequantized, sum(parts.values())))
     if not found:

@@ -73,7 +73,7 @@ def build(record: dict, tokenizer, config, shots=()) -> Encoded:
 def build_all(records, tokenizer, config, shots=()) -> list[Encoded]:
     """`build` for every record, then `check`."""
     rows = [
-        build(record, tokenizer, config, [s for s in shots if s["id"] != record["id"]][: config.few_shot])
+        build(record, tokenizer, config, [s for s in shots if s["dialogue"] != record["dialogue"]][: config.few_shot])
         for record in records
     ]
     check(rows, tokenizer, config)
@@ -83,17 +83,17 @@ def build_all(records, tokenizer, config, shots=()) -> list[Encoded]:
 def check(rows, tokenizer, config):
     """What must hold for every row, or training teaches something else; raises PromptError naming the row.
 
-    One BOS, at the start; prompt tokens unsupervised; the answer and its EOS supervised, in that order; no EOS inside a plain
-    prompt, none at the end of a chat prompt (templates end turns with it, and the turn to come is the model's).
+    One BOS at the start, not two; prompt tokens unsupervised; the answer and its EOS supervised, in that order; neither inside a plain
+    prompt, no EOS at the end of a chat prompt (templates end turns with it, and the turn to come is the model's).
     """
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     for row in rows:
         supervised = [label for label in row.labels if label != IGNORE]
         broken = {
-            f"{row.input_ids.count(bos)} BOS tokens, expected exactly one, at the start": bos is not None
-            and (row.input_ids.count(bos) != 1 or row.input_ids[0] != bos),
-            f"{row.prompt_ids.count(eos)} EOS tokens inside the prompt, expected none": config.style == "plain"
-            and eos in row.prompt_ids,
+            "no BOS token at the start": bos is not None and row.input_ids[0] != bos,
+            "two BOS tokens at the start, expected one": bos is not None and row.input_ids[:2] == [bos, bos],
+            "BOS or EOS inside the prompt": config.style == "plain"
+            and not {bos, eos}.isdisjoint(row.prompt_ids[0 if bos is None else 1 :]),
             "the prompt ends in EOS": row.prompt_ids[-1] == eos,
             "the last supervised token is not EOS": not supervised
             or supervised[-1] != eos
@@ -158,6 +158,8 @@ def _pieces(record, dialogue, tokenizer, config, shots) -> list[tuple[str, bool]
         if answer is not None:
             messages.append({"role": "assistant", "content": _marker(contents, answer, 2 * number + 1)})
     rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    if _turn_start(tokenizer).strip():  # e.g. an empty block of thoughts: given, not to be learnt or generated
+        rendered += _turn_start(tokenizer)
     parts = re.split("(" + "|".join(map(re.escape, contents)) + ")", rendered)
     return [(contents[part], False) if part in contents else (part, True) for part in parts if part]
 
@@ -178,6 +180,12 @@ def _lead(tokenizer, config) -> str:
         return ""
     if config.style == "plain":
         return " "
+    lead = _turn_start(tokenizer)
+    return "" if lead.strip() else lead
+
+
+def _turn_start(tokenizer) -> str:
+    """What a chat template writes between the generation prompt and an answer."""
     turn = [{"role": "user", "content": "\ue000"}, {"role": "assistant", "content": "\ue001"}]
     prompt = tokenizer.apply_chat_template(turn[:1], tokenize=False, add_generation_prompt=True)
     both = tokenizer.apply_chat_template(turn, tokenize=False)
@@ -190,9 +198,8 @@ def _adds_space(tokenizer) -> bool:
 
 def _encode(pieces, tokenizer) -> list[int]:
     """Ids of the pieces as one text. Special tokens are recognised in trusted pieces only."""
-    specials = re.compile(
-        "(" + "|".join(map(re.escape, sorted(tokenizer.all_special_tokens, key=len, reverse=True))) + ")"
-    )
+    names = {*tokenizer.all_special_tokens, *(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)}
+    specials = re.compile("(" + "|".join(map(re.escape, sorted(names, key=len, reverse=True))) + ")")
     parts: list[str | int] = []
     for text, trusted in pieces:
         for part in specials.split(text) if trusted else [text]:

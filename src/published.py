@@ -330,7 +330,7 @@ def answer(defect: Defect, experiment, model, tokenizer, rows) -> list[dict]:
 @torch.inference_mode()
 def generate_right_padded(model, tokenizer, rows, experiment) -> list[dict]:
     """`generation.generate` with at least one pad token between every prompt and its answer."""
-    config, results = generation.generation_config(experiment, tokenizer), []
+    config, results = generation.generation_config(experiment, tokenizer, model), []
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # it warns of right padding, rightly
     model.eval()
@@ -343,7 +343,9 @@ def generate_right_padded(model, tokenizer, rows, experiment) -> list[dict]:
             ids[i, : len(row.prompt_ids)] = torch.tensor(row.prompt_ids)
             mask[i, : len(row.prompt_ids)] = 1
         output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, width:].tolist()
-        results += [generation.answer(row, new, tokenizer) for row, new in zip(chosen, output, strict=True)]
+        results += [
+            generation.answer(row, new, tokenizer, config.eos_token_id) for row, new in zip(chosen, output, strict=True)
+        ]
     transformers.logging.set_verbosity(verbosity)
     return results
 

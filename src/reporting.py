@@ -26,13 +26,23 @@ PUBLISHED = {  # published_by, the same for every scorer: {column: value}; score
             "published: recipe 2, base",
             "test",
             819,
-            {"ROUGE-1 stemmed": 0.2917, "ROUGE-2 stemmed": 0.0995, "ROUGE-L stemmed": 0.2184, "ROUGE-Lsum stemmed": 0.2290},
+            {
+                "ROUGE-1 stemmed": 0.2917,
+                "ROUGE-2 stemmed": 0.0995,
+                "ROUGE-L stemmed": 0.2184,
+                "ROUGE-Lsum stemmed": 0.2290,
+            },
         ),
         (
             "published: recipe 2, fine-tuned",
             "test",
             819,
-            {"ROUGE-1 stemmed": 0.5158, "ROUGE-2 stemmed": 0.2651, "ROUGE-L stemmed": 0.4296, "ROUGE-Lsum stemmed": 0.4295},
+            {
+                "ROUGE-1 stemmed": 0.5158,
+                "ROUGE-2 stemmed": 0.2651,
+                "ROUGE-L stemmed": 0.4296,
+                "ROUGE-Lsum stemmed": 0.4295,
+            },
         ),
         (
             "published: bart-large-xsum-samsum (model card)",
@@ -70,8 +80,8 @@ def results_table(metrics: dict, columns=None, clean: bool = False) -> pd.DataFr
     """One row a system: value and 95% interval of every column; `clean` leaves leaked dialogues out."""
     rows = {}
     for name, system in metrics["systems"].items():
-        scores = system["clean" if clean else "all"] or system["all"]
-        rows[SYSTEMS.get(name, name)] = {"n": metrics["n_clean" if clean else "n"]} | _cells(scores, columns)
+        scores = system["clean"] if clean and metrics["n_clean"] < metrics["n"] else system["all"]
+        rows[SYSTEMS.get(name, name)] = {"n": metrics["n_clean" if clean else "n"]} | _cells(scores or {}, columns)
     return pd.DataFrame(rows).T.rename_axis("system")
 
 
@@ -266,7 +276,7 @@ tags: [lora, qlora, summarization]
 # {experiment.run_id}
 
 LoRA adapter (rank {experiment.lora.rank}, alpha {experiment.lora.alpha}; {", ".join(experiment.lora.target_modules)}) that summarises
-dialogues, trained on the 4-bit base `{experiment.base_model}` (revision {experiment.revision}, commit {manifest["base_commit"]}) with
+dialogues, trained on the {experiment.quantization.bits}-bit base `{experiment.base_model}` (revision {experiment.revision}, commit {manifest["base_commit"]}) with
 {manifest["rows"]["train"]} rows of `{experiment.data.dataset}` in {manifest["optimizer_steps"]} steps on {manifest["device"]}.
 The prompt is in `prompt_template.json`. The licences of the base model and of the data apply; data/README.md names them.
 

@@ -15,11 +15,11 @@ from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from src import batching, experiments, generation, kernels, modeling, planner, prompts
 
+PROGRESS = "progress.json"  # of a checkpoint: tokens trained on and seconds taken until then
 EVAL_BATCH = 16  # rows in a forward pass of the validation loss, at most
 
 
@@ -120,8 +120,8 @@ class Log(TrainerCallback):
                 row for row in experiments.read_jsonl(self.path, "02_train_qlora") if row["step"] <= state.global_step
             ]
             experiments.write_jsonl(self.path, rows)
-            if measured := [row for row in rows if "loss" in row]:
-                self.trainer.seen_tokens, self.seconds = measured[-1]["tokens"], measured[-1]["seconds"]
+            done = experiments.read_json(self.checkpoint(args, state) / PROGRESS, "02_train_qlora")
+            self.trainer.seen_tokens, self.seconds = done["tokens"], done["seconds"]
             self.last, self.before = (self.trainer.seen_tokens, self.seconds), self.seconds
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -132,6 +132,14 @@ class Log(TrainerCallback):
         if self.clock:
             self.seconds += time.perf_counter() - self.clock
         self.clock = None
+
+    def checkpoint(self, args, state) -> Path:
+        return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+    def on_save(self, args, state, control, **kwargs):
+        self.stop()
+        done = {"tokens": self.trainer.seen_tokens, "seconds": self.seconds}
+        experiments.write_json(self.checkpoint(args, state) / PROGRESS, done)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         row = {key: logs[key] for key in ("loss", "eval_loss", "learning_rate", "grad_norm") if key in logs}
@@ -160,7 +168,9 @@ def arguments(experiment, device: torch.device, plan: dict) -> TrainingArguments
     dtype = modeling.compute_dtype(experiment, device)
     needs_cuda = "8bit" in t.optimizer or "paged" in t.optimizer or "bnb" in t.optimizer
     when = "steps" if t.eval_steps else "epoch"
-    return TrainingArguments(
+    logging = max(5 if device.type == "cuda" else 1, plan["optimizer steps"] // 50)  # a log waits for the GPU
+    logging = min(logging, plan["optimizer steps"])  # one at least
+    args = TrainingArguments(
         output_dir=str(experiment.run_dir / "checkpoints"),
         num_train_epochs=t.epochs,
         max_steps=t.max_steps or -1,
@@ -180,7 +190,7 @@ def arguments(experiment, device: torch.device, plan: dict) -> TrainingArguments
         load_best_model_at_end=t.keep_best,
         metric_for_best_model="eval_loss",
         greater_is_better=False,
-        logging_steps=max(5 if device.type == "cuda" else 1, plan["optimizer steps"] // 50),  # a log waits for the GPU
+        logging_steps=logging,
         logging_nan_inf_filter=False,
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
@@ -189,7 +199,11 @@ def arguments(experiment, device: torch.device, plan: dict) -> TrainingArguments
         report_to="none",
         remove_unused_columns=False,
         accelerator_config={"non_blocking": device.type == "cuda"},  # batches reach the GPU without stopping it
+        restore_callback_states_from_checkpoint=True,  # how long early stopping has waited
     )
+    if args.n_gpu > 1:
+        args._n_gpu = 1  # the model lies on one; the Trainer would wrap a 16-bit one in DataParallel
+    return args
 
 
 def train(experiment, model, tokenizer, train_rows, validation_rows, samples=(), inputs=None, plan=None) -> dict:
@@ -202,6 +216,10 @@ def train(experiment, model, tokenizer, train_rows, validation_rows, samples=(),
     """
     run, t, device = experiment.run_dir, experiment.training, model.device
     begin_run(experiment, inputs)
+    if model.run_id != experiment.run_id:
+        raise TrainingError(
+            f"The adapter was made for run {model.run_id}, this is run {experiment.run_id}: run the cell that loads the model again, then this one."
+        )
     if (run / "manifest.json").exists():
         for name in ("adapter/adapter_model.safetensors", "train_log.jsonl"):
             if not (run / name).exists():
@@ -213,12 +231,13 @@ def train(experiment, model, tokenizer, train_rows, validation_rows, samples=(),
         )
         set_peft_model_state_dict(model, load_file(run / "adapter" / "adapter_model.safetensors"))
         return experiments.read_json(run / "manifest.json", "02_train_qlora")
-    if model.run_id != experiment.run_id:
-        raise TrainingError(
-            f"The adapter was made for run {model.run_id}, this is run {experiment.run_id}: run the cell that loads the model again, then this one."
-        )
     log_path = run / "train_log.jsonl"
     plan = plan or planner.plan(experiment, train_rows)
+    if plan["batches"] == "packed" and not batching.rows_stay_apart(model):
+        raise TrainingError(
+            f"Layers of {experiment.base_model} ({type(model.get_base_model()).__name__}) look across the rows of a packed batch: "
+            "set training.packing to 'off'."
+        )
     if plan["weights"].endswith("once"):
         modeling.dequantize(model)
 
@@ -321,9 +340,9 @@ def out_of_memory(trainer, model, plan: dict, checkpoint) -> bool:
 
 
 def last_checkpoint(folder):
-    """The newest checkpoint that was written whole (the Trainer's state comes last), or None; later ones are deleted."""
+    """The newest checkpoint that was written whole (PROGRESS comes last), or None; later ones are deleted."""
     while folder.is_dir() and (newest := get_last_checkpoint(str(folder))):
-        if (Path(newest) / TRAINER_STATE_NAME).is_file():
+        if (Path(newest) / PROGRESS).is_file():
             return newest
         shutil.rmtree(newest)
     return None

@@ -46,7 +46,8 @@ def test_a_single_file_is_split_by_seed_and_copies_stay_together(repository):
     first = data.load_split(e, "test")
     assert first == data.load_split(e, "test") and {r["dialogue"].count("\n") for r in first} == {0, 1}
     with pytest.raises(DataError, match="seed 42; expected .* seed 1. Run notebooks/01"):
-        data.load_split(custom(repository, ROWS + copies, seed=1), "test")
+        data.load_split(custom(repository, ROWS + copies, **{"data.split_seed": 1}), "test")
+    assert data.load_split(custom(repository, ROWS + copies, seed=1), "test") == first  # other seeds, same test rows
 
 
 def test_preparing_twice_writes_the_same_bytes(repository):

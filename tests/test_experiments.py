@@ -19,6 +19,15 @@ def test_run_id_depends_on_values_alone():
     assert load_experiment("samsum", **{"lora.rank": plain.lora.rank}).run_id == plain.run_id
     assert load_experiment("samsum", **{"lora.rank": 8}).run_id != plain.run_id
     assert re.fullmatch(r"samsum-[0-9a-f]{8}", plain.run_id)
+    machine = {
+        "device": "cpu",
+        "training.memory_gib": 15,
+        "training.keep_checkpoints": True,
+        "generation.batch_size": 2,
+    }
+    machine["generation.dequantize"] = "off"
+    assert set(machine) == set(experiments.MACHINE)
+    assert load_experiment("samsum", **machine).run_id == plain.run_id
 
 
 def test_overrides_reach_their_field_and_json_types_are_accepted():

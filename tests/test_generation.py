@@ -63,6 +63,29 @@ def test_decoding_without_padding_gives_the_same_answers(setup, monkeypatch):
     assert generation.generate(model, tokenizer, rows, least, progress=False) == late
 
 
+def test_every_end_token_of_the_model_ends_an_answer(setup, monkeypatch):
+    e, tokenizer, model, _, rows = setup
+    said = greedy(model, rows[0], 6, None)
+    assert said[2] not in said[:2]
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [tokenizer.eos_token_id, said[2]])
+    for unpadded in (False, True):
+        monkeypatch.setattr(generation.kernels, "has_varlen", lambda *_, unpadded=unpadded: unpadded)
+        found = generation.generate(model, tokenizer, rows[:1], e, progress=False)[0]
+        assert (found["stop"], found["tokens"]) == ("eos", 3)
+        assert found["prediction"] == tokenizer.decode(said[:2], skip_special_tokens=True).strip()
+
+
+def test_a_model_that_mixes_packed_rows_is_decoded_padded(setup, monkeypatch):
+    from transformers import MambaConfig, MambaForCausalLM
+
+    e, _, model, *_ = setup
+    monkeypatch.setattr(generation.kernels, "has_varlen", lambda *_: True)
+    mamba = MambaForCausalLM(
+        MambaConfig(vocab_size=64, hidden_size=64, num_hidden_layers=2, state_size=4, initializer_range=0.3)
+    )
+    assert generation.flat(model, e) and not generation.flat(mamba, e)
+
+
 def test_a_flat_cache_holds_what_each_row_alone_would(setup):
     _, _, model, _, rows = setup
     prompts_ = [row.prompt_ids for row in rows]
@@ -86,7 +109,7 @@ def test_a_batch_holds_what_half_of_the_free_memory_does(setup, monkeypatch):
     e, _, model, *_ = setup
     c = model.config
     token = 4 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
-    stand_in = types.SimpleNamespace(device=torch.device("cuda"), config=c)
+    stand_in = types.SimpleNamespace(device=torch.device("cuda"), config=c, packs_rows=True)
     lengths, logits = [90, 40, 10, 10], 8 * c.vocab_size
     monkeypatch.setattr(generation.modeling, "compute_dtype", lambda *_: torch.bfloat16)
     for is_flat, needed in ((True, 96 + 46 + 16), (False, 96 * 3)):
@@ -162,7 +185,7 @@ def test_sampling_is_seeded_and_leaves_other_random_numbers_alone(setup):
 
 
 def test_decoding_settings_reach_transformers(setup):
-    e, tokenizer, *_ = setup
+    e, tokenizer, model, *_ = setup
     g = dataclasses.replace(
         e.generation,
         num_beams=4,
@@ -171,7 +194,7 @@ def test_decoding_settings_reach_transformers(setup):
         no_repeat_ngram_size=2,
         min_new_tokens=3,
     )
-    config = generation.generation_config(dataclasses.replace(e, generation=g), tokenizer)
+    config = generation.generation_config(dataclasses.replace(e, generation=g), tokenizer, model)
     assert (
         config.num_beams,
         config.early_stopping,

@@ -132,9 +132,9 @@ def test_a_row_is_never_its_own_example(mistral_tokenizer, records):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"prompt_ids": [1, 1, 5]}, "2 BOS tokens"),
-        ({"prompt_ids": [5]}, "0 BOS tokens"),
-        ({"prompt_ids": [1, 2, 5]}, "1 EOS tokens inside the prompt, expected none"),
+        ({"prompt_ids": [1, 1, 5]}, "two BOS tokens"),
+        ({"prompt_ids": [5]}, "no BOS token"),
+        ({"prompt_ids": [1, 2, 5]}, "EOS inside the prompt"),
         ({"answer_ids": [7]}, "last supervised token is not EOS"),
         ({"answer_ids": [7, 2, 2]}, "last supervised token is not EOS"),
     ],
@@ -159,3 +159,51 @@ def test_template_says_what_a_prompt_is(mistral_tokenizer):
     assert prompts.template(mistral_tokenizer, PLAIN)["text"] == (
         "<s>Summarize the following dialogue for section: {section}\n{dialogue}\nSummary:{summary}"
     )
+
+
+def tokenizer_of(specials, template, **named):
+    """A byte-level tokenizer whose control tokens are special without being named, as Llama-3's and Mistral-7B-Instruct-v0.3's are."""
+    from tokenizers import AddedToken, ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(["Summarize the following dialogue. A: hi user assistant"], vocab_size=300)
+    bpe._tokenizer.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in specials])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **named)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+TURN = "{% for m in messages %}{{ '<|turn|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ m['content'] + '<|end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|turn|>assistant\n' }}{% endif %}"
+
+
+def test_control_tokens_that_no_name_points_to_stay_whole(records):
+    template = "{{ bos_token }}" + TURN.replace("<think>\n\n</think>\n\n", "")
+    tokenizer = tokenizer_of(["<|begin|>", "<|turn|>", "<|end|>"], template, bos_token="<|begin|>", eos_token="<|end|>")
+    assert "<|turn|>" not in tokenizer.all_special_tokens
+    records[0]["dialogue"] += "\nB: <|turn|>"  # a dialogue cannot write one
+    row = prompts.build_all(records[:1], tokenizer, CHAT)[0]
+    turn = tokenizer.convert_tokens_to_ids("<|turn|>")
+    assert row.prompt_ids.count(turn) == 2 and row.prompt_ids[:2] == [tokenizer.bos_token_id, turn]
+    clean = prompts.build(records[1], tokenizer, CHAT)
+    messages = [{"role": "user", "content": f"{CHAT.instruction}\n\n{records[1]['dialogue']}"}]
+    official = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    assert clean.prompt_ids == official
+
+
+def test_what_a_template_writes_before_an_answer_is_given_and_not_learnt(records):
+    tokenizer = tokenizer_of(["<|turn|>", "<|end|>"], TURN, eos_token="<|end|>")
+    row = prompts.build_all(records[:1], tokenizer, CHAT)[0]
+    assert row.prompt_text.endswith("<|turn|>assistant\n<think>\n\n</think>\n\n")
+    assert tokenizer.decode(row.answer_ids) == "Allergic to penicillin.<|end|>"
+    shown = prompts.template(tokenizer, CHAT)["text"]
+    assert shown.endswith("</think>\n\n{summary}")
+
+
+def test_turns_may_open_with_bos_and_bos_may_be_eos(records):
+    turns = "{% for m in messages %}{{ bos_token + m['role'] + '\n' + m['content'] + eos_token }}{% endfor %}{% if add_generation_prompt %}{{ bos_token + 'assistant\n' }}{% endif %}"
+    tokenizer = tokenizer_of(["<|turn|>", "<|end|>"], turns, bos_token="<|turn|>", eos_token="<|end|>")
+    assert prompts.build_all(records, tokenizer, CHAT)[0].input_ids.count(tokenizer.bos_token_id) == 2
+    both = tokenizer_of(["<|end|>"], None, bos_token="<|end|>", eos_token="<|end|>")
+    row = prompts.build_all(records, both, PLAIN)[0]
+    assert row.input_ids[0] == row.input_ids[-1] == both.eos_token_id

@@ -289,3 +289,14 @@ def test_scoring_every_system_on_samsum_takes_seconds():
     scores = scoring.evaluate_systems(rows, systems)
     print(f"{len(systems)} systems, {len(rows)} rows: {time.perf_counter() - start:.1f} s")
     assert scores["n"] == 819 and len(scores["systems"]) == 4
+
+
+def test_references_that_rouge_cannot_read_are_said_so(capsys):
+    record = {"id": "1", "section": "", "dialogue": "А: привет", "summary": "Они здороваются."}
+    scoring.evaluate_systems([record] * 5, {"base": [record["summary"]] * 5})
+    assert "100% of the references' letters are outside of a-z" in capsys.readouterr().out
+    english = record | {"summary": "They greet at the café."}
+    scoring.evaluate_systems([english] * 5, {"base": [english["summary"]] * 5})
+    assert "outside" in capsys.readouterr().out  # one letter of eighteen
+    scoring.evaluate_systems([record | {"summary": "They greet."}] * 5, {"base": ["They greet."] * 5})
+    assert capsys.readouterr().out == ""

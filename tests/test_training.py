@@ -235,7 +235,7 @@ def test_an_interrupted_run_goes_on_and_ends_like_an_uninterrupted_one(setup, mo
 def test_a_half_written_checkpoint_is_passed_over(tmp_path):
     for step in (4, 8):
         (tmp_path / f"checkpoint-{step}").mkdir()
-    (tmp_path / "checkpoint-4" / "trainer_state.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "checkpoint-4" / training.PROGRESS).write_text("{}", encoding="utf-8")
     assert training.last_checkpoint(tmp_path).endswith("checkpoint-4")
     assert training.last_checkpoint(tmp_path / "none") is None
 
@@ -258,6 +258,28 @@ def test_an_adapter_made_for_other_parameters_is_refused(setup):
     other = dataclasses.replace(experiment, lora=dataclasses.replace(experiment.lora, rank=2))
     with pytest.raises(training.TrainingError, match="made for run .* run the cell that loads the model again"):
         training.train(other, model, tokenizer, rows, rows[:2])
+    other = dataclasses.replace(other, training=dataclasses.replace(other.training, max_steps=1))
+    training.train(other, fresh(other, tokenizer), tokenizer, rows, rows[:2])
+    with pytest.raises(training.TrainingError, match="made for run"):  # nor is a finished adapter loaded into it
+        training.train(other, model, tokenizer, rows, rows[:2])
+
+
+def test_rows_that_would_mix_are_not_packed(setup):
+    experiment, tokenizer, rows = setup
+    experiment = dataclasses.replace(experiment, training=dataclasses.replace(experiment.training, packing="on"))
+    model = fresh(experiment, tokenizer)
+    assert batching.rows_stay_apart(model)
+    model.packs_rows = False
+    with pytest.raises(training.TrainingError, match="look across the rows .* set training.packing to 'off'"):
+        training.train(experiment, model, tokenizer, rows, rows[:2])
+
+
+@pytest.mark.parametrize(("steps", "logging"), [(2, 2), (100, 5), (500, 10)])
+def test_on_a_gpu_every_run_logs_a_loss_however_short(setup, monkeypatch, steps, logging):
+    experiment, *_ = setup
+    monkeypatch.setattr(modeling, "compute_dtype", lambda *_: torch.float32)
+    plan = {"forward passes a step": 1, "optimizer steps": steps}
+    assert training.arguments(experiment, torch.device("cuda"), plan).logging_steps == logging
 
 
 @pytest.mark.parametrize("gone", ["train_log.jsonl", "adapter/adapter_model.safetensors"])
@@ -304,6 +326,33 @@ def test_the_best_adapter_is_kept_and_early_stopping_stops(setup):
     assert manifest["best_step"] < manifest["optimizer_steps"] < 60  # stopped one evaluation after the best, of twenty
     again = training.validation_loss(model, [batching.pad(other, tokenizer.pad_token_id)])
     assert again == pytest.approx(min(evaluations.values()), rel=1e-4)
+
+
+def test_a_resumed_run_goes_on_waiting_and_counting_where_it_was(setup, monkeypatch):
+    experiment, tokenizer, rows = setup
+    changed = dataclasses.replace(
+        experiment.training, epochs=20, learning_rate=0.02, schedule="constant", early_stopping_patience=2
+    )
+    experiment = dataclasses.replace(experiment, training=changed)
+    other = [dataclasses.replace(rows[0], answer_ids=[300, 301, 302, tokenizer.eos_token_id])]
+    arguments = training.arguments
+    monkeypatch.setattr(training, "arguments", lambda *args: dataclasses.replace(arguments(*args), logging_steps=5))
+    whole = training.train(experiment, fresh(experiment, tokenizer), tokenizer, rows, other)
+    shutil.rmtree(experiment.run_dir)
+    real, steps = training.SummaryTrainer.training_step, {"n": 0}
+
+    def stop_before_the_last_evaluation(self, *args, **kwargs):
+        steps["n"] += 1
+        if steps["n"] == 2 * whole["optimizer_steps"]:  # 2 passes a step
+            raise KeyboardInterrupt
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(training.SummaryTrainer, "training_step", stop_before_the_last_evaluation)
+    with pytest.raises(KeyboardInterrupt):
+        training.train(experiment, fresh(experiment, tokenizer), tokenizer, rows, other)
+    resumed = training.train(experiment, fresh(experiment, tokenizer), tokenizer, rows, other)
+    assert resumed["resumed_from_step"] == whole["optimizer_steps"] - 3
+    assert all(resumed[key] == whole[key] for key in ("optimizer_steps", "best_step", "train_tokens"))
 
 
 @pytest.mark.parametrize("target", [("lm_head",), ("q_proj", "lm_head")])
