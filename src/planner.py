@@ -173,12 +173,8 @@ def plan(experiment, rows) -> dict:
             seconds = flop / rate / (SHARE[checkpointing] if whole else PLAIN)
             if not dequantized and experiment.quantization.bits == 4:  # read 4 bits, write 16, every pass
                 seconds += steps * passes * (3 if checkpointing else 2) * 2.5 * s["linear"] / DEQUANTIZE
-            launch = (
-                PASS_SECONDS[dequantized or experiment.quantization.bits == 16]
-                * (1.4 if checkpointing else 1)
-                * s["layers"]
-                / 32
-            )
+            plain = dequantized or experiment.quantization.bits == 16
+            launch = PASS_SECONDS[plain] * (1.4 if checkpointing else 1) * s["layers"] / 32
             seconds = max(seconds, steps * passes * launch)
             found.append((seconds, passes, size, checkpointing, dequantized, sum(parts.values())))
     if not found:

@@ -5,6 +5,7 @@ Chat style (instruct models): the tokenizer's own chat template, the instruction
 The text of a dialogue or an example is never parsed for special tokens, so a patient who says "</s>" stays a patient.
 """
 
+import functools
 import re
 from dataclasses import dataclass
 
@@ -158,8 +159,9 @@ def _pieces(record, dialogue, tokenizer, config, shots) -> list[tuple[str, bool]
         if answer is not None:
             messages.append({"role": "assistant", "content": _marker(contents, answer, 2 * number + 1)})
     rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    if _turn_start(tokenizer).strip():  # e.g. an empty block of thoughts: given, not to be learnt or generated
-        rendered += _turn_start(tokenizer)
+    start = _turn_start(tokenizer, tokenizer.chat_template)
+    if start.strip():  # e.g. an empty block of thoughts: given, not to be learnt or generated
+        rendered += start
     parts = re.split("(" + "|".join(map(re.escape, contents)) + ")", rendered)
     return [(contents[part], False) if part in contents else (part, True) for part in parts if part]
 
@@ -180,12 +182,13 @@ def _lead(tokenizer, config) -> str:
         return ""
     if config.style == "plain":
         return " "
-    lead = _turn_start(tokenizer)
+    lead = _turn_start(tokenizer, tokenizer.chat_template)
     return "" if lead.strip() else lead
 
 
-def _turn_start(tokenizer) -> str:
-    """What a chat template writes between the generation prompt and an answer."""
+@functools.lru_cache(maxsize=4)
+def _turn_start(tokenizer, template: str) -> str:
+    """What the tokenizer's chat template writes between the generation prompt and an answer."""
     turn = [{"role": "user", "content": "\ue000"}, {"role": "assistant", "content": "\ue001"}]
     prompt = tokenizer.apply_chat_template(turn[:1], tokenize=False, add_generation_prompt=True)
     both = tokenizer.apply_chat_template(turn, tokenize=False)
@@ -196,10 +199,16 @@ def _adds_space(tokenizer) -> bool:
     return tokenizer.tokenize("a") == tokenizer.tokenize(" a") or tokenizer.tokenize("a")[0].startswith("▁")
 
 
+@functools.lru_cache(maxsize=4)
+def _specials(tokenizer, size: int) -> re.Pattern:
+    """Every special token of a tokenizer of this size: the named ones (BOS, ...) and a chat template's control tokens."""
+    names = {*tokenizer.all_special_tokens, *(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)}
+    return re.compile("(" + "|".join(map(re.escape, sorted(names, key=len, reverse=True))) + ")")
+
+
 def _encode(pieces, tokenizer) -> list[int]:
     """Ids of the pieces as one text. Special tokens are recognised in trusted pieces only."""
-    names = {*tokenizer.all_special_tokens, *(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)}
-    specials = re.compile("(" + "|".join(map(re.escape, sorted(names, key=len, reverse=True))) + ")")
+    specials = _specials(tokenizer, len(tokenizer))
     parts: list[str | int] = []
     for text, trusted in pieces:
         for part in specials.split(text) if trusted else [text]:

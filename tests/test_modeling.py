@@ -1,12 +1,16 @@
 """Loading: real 4-bit weights, the pad token, and errors that say what to do."""
 
+import shutil
 import types
+from pathlib import Path
 
 import bitsandbytes as bnb
 import pytest
 import torch
+import transformers
 
-from src import experiments, modeling
+from src import experiments, modeling, planner, prompts
+from src.experiments import Prompt
 
 
 def experiment(tiny_model, **overrides):
@@ -93,6 +97,31 @@ def test_padding_is_never_eos(tiny_model):
     assert modeling.load_tokenizer(experiment(tiny_model)).pad_token == "<unk>"
     added = modeling.load_tokenizer(experiment(tiny_model, pad_token="add"))
     assert added.pad_token == "[PAD]" and added.pad_token_id not in (added.eos_token_id, added.unk_token_id)
+
+
+def test_a_tokenizer_beside_mistrals_own_file_is_hugging_faces(tiny_model, tmp_path, records):
+    import mistral_common
+
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    shutil.copy(Path(mistral_common.__file__).parent / "data" / "tekken_240911.json", folder / "tekken.json")
+    tokenizer = modeling.load_tokenizer(experiment(folder))
+    assert tokenizer.get_vocab() == modeling.load_tokenizer(experiment(tiny_model)).get_vocab()
+    assert prompts.build_all(records, tokenizer, Prompt())
+
+
+def test_an_attention_that_sdpa_does_not_compute_is_refused(tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    sizes = dict(vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**sizes, head_dim=16)).save_pretrained(folder)
+    e = experiment(folder)
+    with pytest.raises(modeling.ModelError, match="soft-capped scores.*choose another base_model"):
+        modeling.load_base(e, modeling.load_tokenizer(e))
+
+
+def test_a_model_without_linear_layers_is_refused_before_it_is_loaded(tmp_path):
+    transformers.GPT2Config(vocab_size=64, n_embd=8, n_layer=1, n_head=1).save_pretrained(tmp_path)
+    with pytest.raises(modeling.ModelError, match="GPT2LMHeadModel. has no linear layers"):
+        planner.shapes(experiment(tmp_path))
 
 
 def test_an_unknown_target_module_names_the_known_ones(tiny_model):
