@@ -116,7 +116,7 @@ class Experiment:
     name: str
     base_model: str = "data/demo/base"  # a Hugging Face model id or a folder (relative to the repository)
     revision: str = "main"  # branch, tag or commit on the hub; the commit it resolved to is recorded
-    pad_token: str = "unk"  # unk: reuse it | add: add [PAD], resize the embeddings and save them with the adapter
+    pad_token: str = "unk"  # unk: reuse it, else the own pad token, else BOS | add: a new [PAD]; new embeddings are saved with the adapter
     device: str = "auto"  # auto | cpu | cuda | cuda:1 ...
     seed: int = 42  # row order, adapter initialisation, dropout, sampling, bootstrap
     data: Data = field(default_factory=Data)

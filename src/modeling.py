@@ -74,9 +74,10 @@ def fingerprint(experiment) -> dict[str, str]:
 
 
 def load_tokenizer(experiment):
-    """The base model's tokenizer with a pad token that is not EOS (`pad_token`: reuse unk, or add [PAD]).
+    """The base model's tokenizer with a pad token that is not EOS (`pad_token`: one it has, or a new [PAD]).
 
-    Padding with EOS would hide every EOS from the loss, and the model would never learn to stop.
+    Nothing here reads a label from padding; but the tokenizer is saved with the adapter, and in transformers' own collator a pad
+    that is EOS hides every EOS from the loss.
     """
     from transformers import AutoTokenizer
 
@@ -90,13 +91,14 @@ def load_tokenizer(experiment):
         )
     if experiment.pad_token == "add":
         tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-    elif tokenizer.unk_token is not None:
-        tokenizer.pad_token = tokenizer.unk_token
-    elif tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        raise ModelError(
-            f"pad_token is 'unk', and the tokenizer of {experiment.base_model!r} has none: set pad_token to 'add'."
-        )
-    return tokenizer
+        return tokenizer
+    for token in (tokenizer.unk_token, tokenizer.pad_token, tokenizer.bos_token):
+        if token not in (None, tokenizer.eos_token):
+            tokenizer.pad_token = token
+            return tokenizer
+    raise ModelError(
+        f"pad_token is 'unk', and the tokenizer of {experiment.base_model!r} has no unk, pad or BOS token apart from EOS: set pad_token to 'add'."
+    )
 
 
 def load_base(experiment, tokenizer, device: torch.device | None = None):

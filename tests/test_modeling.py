@@ -99,6 +99,21 @@ def test_padding_is_never_eos(tiny_model):
     assert added.pad_token == "[PAD]" and added.pad_token_id not in (added.eos_token_id, added.unk_token_id)
 
 
+@pytest.mark.parametrize(("bos", "pad"), [("<s>", "<s>"), ("</s>", None)])
+def test_without_unk_bos_is_the_pad_token_unless_it_is_eos(tiny_model, tmp_path, bos, pad):
+    tokens = transformers.AutoTokenizer.from_pretrained(tiny_model).backend_tokenizer
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokens, bos_token=bos, eos_token="</s>").save_pretrained(
+        shutil.copytree(tiny_model, tmp_path / "model")
+    )
+    if pad:
+        assert modeling.load_tokenizer(experiment(tmp_path / "model")).pad_token == pad
+    else:
+        with pytest.raises(
+            modeling.ModelError, match="no unk, pad or BOS token apart from EOS: set pad_token to 'add'"
+        ):
+            modeling.load_tokenizer(experiment(tmp_path / "model"))
+
+
 def test_a_tokenizer_beside_mistrals_own_file_is_hugging_faces(tiny_model, tmp_path, records):
     import mistral_common
 

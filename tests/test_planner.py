@@ -159,8 +159,26 @@ def test_layers_that_are_fused_in_part_are_planned_as_plain_ones(on_gpu):
     assert gib[0] < gib[1] and gib[2] == gib[3]
 
 
-def test_the_readmes_minutes_on_the_measured_gpu_are_the_benchmarks():
+def test_the_readmes_gpu_figures_are_the_benchmarks():
     results = json.loads((experiments.ROOT / "benchmarks" / "results" / "h200.json").read_text(encoding="utf-8"))
     job = next(r for r in results if r["setup"] == "job")["training_minutes"]
     readme = (experiments.ROOT / "README.md").read_text(encoding="utf-8")
     assert f"| H200 | {2 * job:.0f} minutes |" in readme and f"half of the rows took {job:.1f} minutes" in readme
+    told = {
+        r["setup"]: f"{r['tok_s']:,} ({r['peak_gib']:{'.1f' if r['peak_gib'] < 10 else '.0f'}} GiB)"
+        for r in results
+        if "tok_s" in r
+    }
+    fast, small = (
+        ("ours_64gib", "unsloth_packed_16k"),
+        ("ours_checkpointed", "unsloth_packed_16k_checkpointed", "hf_padded"),
+    )
+    assert f"| without checkpointing | {' | '.join(told[s] for s in fast)} | |" in readme
+    assert f"| with checkpointing | {' | '.join(told[s] for s in small)} |" in readme
+    speed = {r["setup"]: f"{r['tok_s']:,}" for r in results if "tok_s" in r}
+    assert f"at the {speed['ours_batch_3_dropout']} tokens/s that were measured" in readme
+    assert f"ran at {speed['recipe2']} in the same call" in readme and f"at {speed['job']}." in readme
+    measured = {r["setup"]: r for r in results}  # the goals: 1.8 and 1.4 times Unsloth packed in the same call
+    for ours, theirs, least in ((*fast, 1.8), ("ours_64gib", "unsloth_packed_8k", 1.8), (*small[:2], 1.4)):
+        assert measured[ours]["call"] == measured[theirs]["call"]
+        assert measured[ours]["tok_s"] >= least * measured[theirs]["tok_s"]
