@@ -9,6 +9,7 @@ import random
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import send_to_device
 
 from src.prompts import IGNORE
 
@@ -120,11 +121,8 @@ def rows_stay_apart(model) -> bool:
         training = model.training
         model.eval()
         first, second = [5, 6, 7, 8, 9, 10, 11], [12, 13, 14, 15, 16]
-        flat = {
-            key: value.to(model.device) if torch.is_tensor(value) else value
-            for key, value in flat_rows(first + second, [len(first), len(second)]).items()
-        }
-        packed = model(**flat, use_cache=False).logits[0, len(first) :].float()
+        flat = flat_rows(first + second, [len(first), len(second)])
+        packed = model(**send_to_device(flat, model.device), use_cache=False).logits[0, len(first) :].float()
         alone = model(input_ids=torch.tensor([second], device=model.device), use_cache=False).logits[0].float()
         # 16-bit rounding moves logits by hundredths of their norm, another row's tokens by the whole of it
         model.packs_rows = bool((packed - alone).norm() <= 0.25 * alone.norm())

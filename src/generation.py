@@ -4,6 +4,7 @@ import sys
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import send_to_device
 from tqdm import tqdm
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -195,7 +196,7 @@ def _decode_flat(model, prompts: list[list[int]], config, seed: int, bar) -> lis
         while stop < count and lengths[start : stop + 1].sum() <= PREFILL:
             stop += 1
         inputs = batching.flat_rows([i for p in prompts[start:stop] for i in p], lengths[start:stop].tolist())
-        inputs = {k: v.to(device) if torch.is_tensor(v) else v for k, v in inputs.items()}
+        inputs = send_to_device(inputs, device)
         own, rows = lengths[start:stop].to(device), torch.arange(start, stop, device=device)
         new = torch.repeat_interleave(cache.begin[rows], own) + inputs["position_ids"][0]
         last = inputs["cu_seq_lens_q"][1:].long() - 1

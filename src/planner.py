@@ -36,9 +36,9 @@ def shapes(experiment) -> dict:
 
     with modeling.hub_errors(experiment, "configuration"):
         config = AutoConfig.from_pretrained(modeling.model_source(experiment), revision=experiment.revision)
-    whole, config = config, config.get_text_config()
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(whole)
+        model = AutoModelForCausalLM.from_config(config)
+    config = config.get_text_config()
     head = model.get_output_embeddings()
     linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
     targets = [m for n, m in model.named_modules() if n.rpartition(".")[2] in experiment.lora.target_modules]

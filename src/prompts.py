@@ -188,10 +188,10 @@ def _lead(tokenizer, config) -> str:
 
 @functools.lru_cache(maxsize=4)
 def _turn_start(tokenizer, template: str) -> str:
-    """What the tokenizer's chat template writes between the generation prompt and an answer."""
+    """What a chat template writes between the generation prompt and an answer."""
     turn = [{"role": "user", "content": "\ue000"}, {"role": "assistant", "content": "\ue001"}]
-    prompt = tokenizer.apply_chat_template(turn[:1], tokenize=False, add_generation_prompt=True)
-    both = tokenizer.apply_chat_template(turn, tokenize=False)
+    prompt = tokenizer.apply_chat_template(turn[:1], chat_template=template, tokenize=False, add_generation_prompt=True)
+    both = tokenizer.apply_chat_template(turn, chat_template=template, tokenize=False)
     return both[len(prompt) : both.index("\ue001")] if both.startswith(prompt) else ""
 
 
@@ -201,7 +201,7 @@ def _adds_space(tokenizer) -> bool:
 
 @functools.lru_cache(maxsize=4)
 def _specials(tokenizer, size: int) -> re.Pattern:
-    """Every special token of a tokenizer of this size: the named ones (BOS, ...) and a chat template's control tokens."""
+    """Every special token: the named ones (BOS, ...) and a chat template's control tokens. `size`: tells the cache of added tokens."""
     names = {*tokenizer.all_special_tokens, *(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)}
     return re.compile("(" + "|".join(map(re.escape, sorted(names, key=len, reverse=True))) + ")")
 

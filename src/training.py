@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import send_to_device
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
@@ -29,7 +30,7 @@ class TrainingError(RuntimeError):
 
 def summed_loss(model, inputs: dict) -> tuple[torch.Tensor, int]:
     """Cross-entropy summed over the supervised tokens of a batch (of `batching`), and their number. No other logits are computed."""
-    inputs = {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in inputs.items()}
+    inputs = send_to_device(inputs, model.device)
     _, _, count = inputs.pop("labels"), inputs.pop("tokens"), inputs.pop("supervised")
     positions, targets = inputs.pop("positions"), inputs.pop("targets")
     logits = model(**inputs, logits_to_keep=positions, use_cache=False).logits
@@ -215,11 +216,11 @@ def train(experiment, model, tokenizer, train_rows, validation_rows, samples=(),
     refused with a TrainingError, so that two never mix.
     """
     run, t, device = experiment.run_dir, experiment.training, model.device
-    begin_run(experiment, inputs)
     if model.run_id != experiment.run_id:
         raise TrainingError(
             f"The adapter was made for run {model.run_id}, this is run {experiment.run_id}: run the cell that loads the model again, then this one."
         )
+    begin_run(experiment, inputs)
     if (run / "manifest.json").exists():
         for name in ("adapter/adapter_model.safetensors", "train_log.jsonl"):
             if not (run / name).exists():

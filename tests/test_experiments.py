@@ -24,8 +24,8 @@ def test_run_id_depends_on_values_alone():
         "training.memory_gib": 15,
         "training.keep_checkpoints": True,
         "generation.batch_size": 2,
+        "generation.dequantize": "off",
     }
-    machine["generation.dequantize"] = "off"
     assert set(machine) == set(experiments.MACHINE)
     assert load_experiment("samsum", **machine).run_id == plain.run_id
 

@@ -61,6 +61,11 @@ def test_results_table_holds_values_with_intervals(run):
     assert list(table.columns) == ["n", "ROUGE-1", "sacreBLEU"]
     assert table.loc["fine-tuned", "ROUGE-1"] == "1.000 [1.000, 1.000]" and table.loc["fine-tuned", "n"] == 12
     assert {"base", "whole dialogue", "LEAD-3", "LONGEST-3", "nearest training summary"} <= set(table.index)
+    none = {name: system | {"clean": None} for name, system in metrics["systems"].items()}
+    seen = reporting.results_table(metrics | {"n_clean": 0, "systems": none}, clean=True)
+    assert list(seen.columns) == ["n"] and set(seen["n"]) == {
+        0
+    }  # every row was trained on: nothing to score, not all rows
 
 
 def test_published_numbers_stand_in_the_column_of_their_scorer():

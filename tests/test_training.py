@@ -258,6 +258,7 @@ def test_an_adapter_made_for_other_parameters_is_refused(setup):
     other = dataclasses.replace(experiment, lora=dataclasses.replace(experiment.lora, rank=2))
     with pytest.raises(training.TrainingError, match="made for run .* run the cell that loads the model again"):
         training.train(other, model, tokenizer, rows, rows[:2])
+    assert not other.run_dir.exists()
     other = dataclasses.replace(other, training=dataclasses.replace(other.training, max_steps=1))
     training.train(other, fresh(other, tokenizer), tokenizer, rows, rows[:2])
     with pytest.raises(training.TrainingError, match="made for run"):  # nor is a finished adapter loaded into it
