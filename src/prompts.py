@@ -6,19 +6,22 @@ The text of a dialogue or an example is never parsed for special tokens, so a pa
 """
 
 import functools
+import itertools
 import re
 from dataclasses import dataclass
+
+from datasets import Dataset
 
 IGNORE = -100  # the label of a token that is not supervised (PyTorch's cross_entropy default)
 
 
 class PromptError(ValueError):
-    """A prompt that cannot be built as the experiment asks."""
+    """A prompt that cannot be built as the recipe asks."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One row, tokenised. `answer_ids` ends in EOS; `prompt_ids` starts with the only BOS (where the tokenizer has one)."""
+    """One row as token ids. `answer_ids` ends in EOS; `prompt_ids` starts with the only BOS (where the tokenizer has one)."""
 
     id: str
     prompt_ids: list[int]
@@ -38,7 +41,7 @@ class Encoded:
 
 
 def build(record: dict, tokenizer, config, shots=()) -> Encoded:
-    """Tokenise one record under an experiment's prompt settings (`experiment.prompt`).
+    """Tokenise one record under a recipe's prompt settings (`recipe.prompt`).
 
     `shots`: records shown, with their summaries, before the dialogue. A prompt over config.max_tokens loses the end of its
     dialogue and nothing else; the answer is never cut. Raises PromptError when even an empty dialogue does not fit.
@@ -71,14 +74,27 @@ def build(record: dict, tokenizer, config, shots=()) -> Encoded:
     )
 
 
-def build_all(records, tokenizer, config, shots=()) -> list[Encoded]:
-    """`build` for every record, then `check`."""
+def build_all(records, tokenizer, config, shots=()) -> Dataset:
+    """`build` for every record, then `check`: a dataset with the columns of `dataset`.
+
+    `shots`: the training records, whose first ones are shown where config.few_shot asks for examples. A record is never its own.
+    """
+    first = list(itertools.islice(shots, config.few_shot + 1))
     rows = [
-        build(record, tokenizer, config, [s for s in shots if s["dialogue"] != record["dialogue"]][: config.few_shot])
+        build(record, tokenizer, config, [s for s in first if s["dialogue"] != record["dialogue"]][: config.few_shot])
         for record in records
     ]
     check(rows, tokenizer, config)
-    return rows
+    return dataset(rows)
+
+
+def dataset(rows: list[Encoded]) -> Dataset:
+    """The rows as a dataset: id, input_ids, labels, prompt_ids, prompt_text, answer_text, cut_tokens.
+
+    `input_ids` and `labels` are what any transformers Trainer takes; `prompt_ids` is what generation starts from.
+    """
+    columns = ("id", "input_ids", "labels", "prompt_ids", "prompt_text", "answer_text", "cut_tokens")
+    return Dataset.from_dict({name: [getattr(row, name) for row in rows] for name in columns})
 
 
 def check(rows, tokenizer, config):
@@ -108,27 +124,27 @@ def check(rows, tokenizer, config):
             )
 
 
-def token_table(row: Encoded, tokenizer) -> list[dict]:
+def token_table(row: dict, tokenizer) -> list[dict]:
     """Token by token: id, the text it stands for, whether the loss sees it. The notebooks show this."""
     return [
         {"id": i, "token": tokenizer.convert_ids_to_tokens(i), "supervised": label != IGNORE}
-        for i, label in zip(row.input_ids, row.labels, strict=True)
+        for i, label in zip(row["input_ids"], row["labels"], strict=True)
     ]
 
 
 def template(tokenizer, config) -> dict:
-    """What is needed to write the same prompt elsewhere; saved beside the adapter."""
+    """What is needed to write the same prompt elsewhere; saved beside the adapter.
+
+    "prompt" ends where the answer starts. It spells special tokens out, so tokenise it with add_special_tokens=False, after
+    replacing {section} and {dialogue}; "answer" is what follows in training.
+    """
     example = {"id": "template", "section": "{section}", "dialogue": "{dialogue}", "summary": "{summary}"}
     return {
-        "style": config.style,
-        "instruction": config.instruction,
+        **config.model_dump(),
         "cue": config.cue if config.style == "plain" else None,
         "chat_template": tokenizer.chat_template if config.style == "chat" else None,
-        "few_shot": config.few_shot,
-        "text": "".join(text for text, _ in _pieces(example, "{dialogue}", tokenizer, config, ()))
-        + _lead(tokenizer, config)
-        + "{summary}",
-        "max_prompt_tokens": config.max_tokens,
+        "prompt": "".join(text for text, _ in _pieces(example, "{dialogue}", tokenizer, config, ())),
+        "answer": _lead(tokenizer, config) + "{summary}" + tokenizer.eos_token,
     }
 
 

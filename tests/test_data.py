@@ -1,14 +1,17 @@
 """Data: what is read and refused, what is a leak, and the counts of the published files."""
 
 import json
+import os
+import pathlib
 import re
+import tomllib
 
 import pytest
 
-from src import data, experiments
-from src.data import DataError
+from src import data, recipes, runs
+from src.data import DataError, leaks, records
 
-ROOT = experiments.ROOT
+ROOT = runs.ROOT
 needs_mts = pytest.mark.skipif(
     not (ROOT / "data/raw/mts-dialog").is_dir(), reason="the published MTS-Dialog files are not in data/raw"
 )
@@ -19,13 +22,21 @@ needs_samsum = pytest.mark.skipif(
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
-    monkeypatch.setattr(experiments, "ROOT", tmp_path)
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
     return tmp_path
 
 
-def custom(repository, text, name="mine.csv", **overrides):
+def custom(repository, text, name="mine.csv", overrides=None):
     (repository / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-    return experiments.load_experiment("custom", **{"data.train_file": name, **overrides})
+    return recipes.load("custom", {"data.train_file": name, **(overrides or {})})
+
+
+def refusal(repository, text, name="mine.csv") -> str:
+    """The message that refuses a file, after which nothing may have been written."""
+    with pytest.raises(DataError) as error:
+        data.prepare(custom(repository, text, name))
+    assert not (repository / "data").exists()
+    return str(error.value)
 
 
 ROWS = "dialogue,summary\n" + "".join(f'"A: hello {n}\nB: hi",s{n}\n' for n in range(20))
@@ -35,25 +46,36 @@ def test_a_single_file_is_split_by_seed_and_copies_stay_together(repository):
     copies = "".join(
         f"a: HELLO {n} b hi!,copy{n}\n" for n in range(20)
     )  # the same dialogues but for case and punctuation
-    e = custom(repository, ROWS + copies)
-    report = data.prepare(e)
+    recipe = custom(repository, ROWS + copies)
+    report = data.prepare(recipe)
     assert sum(report["rows"].values()) == 40 and report["rows"] == {"train": 32, "validation": 4, "test": 4}
     assert report["leaks"]["across"] == {
         "validation in train": 0,
         "test in train": 0,
         "test in validation": 0,
     }
-    first = data.load_split(e, "test")
-    assert first == data.load_split(e, "test") and {r["dialogue"].count("\n") for r in first} == {0, 1}
+    first = data.load_split(recipe, "test")
+    assert first == data.load_split(recipe, "test") and {r["dialogue"].count("\n") for r in first} == {0, 1}
     with pytest.raises(DataError, match="seed 42; expected .* seed 1. Run notebooks/01"):
-        data.load_split(custom(repository, ROWS + copies, **{"data.split_seed": 1}), "test")
-    assert data.load_split(custom(repository, ROWS + copies, seed=1), "test") == first  # other seeds, same test rows
+        data.load_split(custom(repository, ROWS + copies, overrides={"data.split_seed": 1}), "test")
+    assert data.load_split(custom(repository, ROWS + copies, overrides={"seed": 1}), "test") == first  # the same rows
+
+
+def test_the_split_of_a_seed_never_changes():
+    # rows 0 to 9 shuffled by random.Random(42) are 7 3 2 8 5 6 9 4 0 1: the first is the test row, then validation
+    rows = [row(n, f"dialogue {n}") for n in range(10)]
+    parts = data.split_by_seed(rows, 42, pathlib.Path("mine.csv"))
+    assert {split: [r["id"] for r in part] for split, part in parts.items()} == {
+        "train": ["2", "8", "5", "6", "9", "4", "0", "1"],
+        "validation": ["3"],
+        "test": ["7"],
+    }
 
 
 def test_preparing_twice_writes_the_same_bytes(repository):
-    e = custom(repository, ROWS)
-    first = data.prepare(e)["processed"]
-    assert data.prepare(e)["processed"] == first
+    recipe = custom(repository, ROWS)
+    first = data.prepare(recipe)["processed"]
+    assert data.prepare(recipe)["processed"] == first == data.fingerprint(recipe)
 
 
 def test_jsonl_csv_and_mts_column_names_read_alike(repository):
@@ -67,6 +89,22 @@ def test_jsonl_csv_and_mts_column_names_read_alike(repository):
     assert data.read_rows(repository / "a.csv") == [
         {"id": "7", "section": "CC", "dialogue": "A: x\nB: y", "summary": "None"}
     ]
+
+
+def test_json_with_number_ids_null_sections_and_other_columns_is_read(repository):
+    rows = [{"ID": 7, "Section": None, "Dialogue ": "a", "SUMMARY": "b", "notes": [1]}]
+    (repository / "a.json").write_text(json.dumps(rows), encoding="utf-8")
+    assert data.read_rows(repository / "a.json") == [{"id": "7", "section": "", "dialogue": "a", "summary": "b"}]
+
+
+@pytest.mark.parametrize("character", [";", "\t"])
+def test_another_delimiter_is_found_in_the_header_and_reported(repository, character):
+    text = "dialogue,summary\n" + "".join(f"a{n},b\n" for n in range(10))
+    assert set(data.prepare(custom(repository, text))["sources"]["train"]) == {"file", "sha256"}
+    recipe = custom(repository, text.replace(",", character).replace("a0", "a, then b"))
+    assert data.prepare(recipe)["sources"]["train"]["delimiter"] == character
+    assert {r["summary"] for r in data.train_rows(recipe)} == {"b"}
+    assert "a, then b" in {r["dialogue"] for split in recipes.splits("custom") for r in data.load_split(recipe, split)}
 
 
 @pytest.mark.parametrize(
@@ -84,30 +122,115 @@ def test_jsonl_csv_and_mts_column_names_read_alike(repository):
             r"mine.csv is not UTF-8: byte b'\\xe9' at offset 26 \(line 3\)",
         ),
         ("dialogue,summary\na,b,c\n", r"more or fewer fields than its header in row 1"),
-        ("dialogue,summary\na,b\nc,d\n", r"2 different dialogue\(s\) cannot be split"),
+        ("dialogue,summary\na,b\nc,d\n", r"mine.csv: 2 different dialogue\(s\) cannot be split"),
+        ("dialogue,summary\na,b\nc,\u200b\ufeff \u2060\n", r"mine.csv: empty dialogue or summary in row 2"),
     ],
 )
 def test_a_bad_file_is_one_clear_error_and_nothing_is_written(repository, content, message):
-    with pytest.raises(DataError, match=message):
-        data.prepare(custom(repository, content))
-    assert not (repository / "data").exists()
+    assert re.search(message, refusal(repository, content))
 
 
-def test_bad_json_and_wrong_types_are_named(repository):
-    with pytest.raises(DataError, match="cannot be parsed as jsonl"):
-        data.prepare(custom(repository, "{", "x.jsonl"))
-    with pytest.raises(DataError, match="dialogue or summary is not text in row 1"):
-        data.prepare(custom(repository, '{"dialogue": 3, "summary": "x"}', "x.jsonl"))
+@pytest.mark.parametrize("name", ["mine.txt", "mine.CSV", "mine"])
+def test_text_with_commas_that_are_not_quoted_is_never_cut(repository, name):
+    assert "more or fewer fields than its header in rows 1, 3" in refusal(
+        repository, "dialogue,summary\nDoctor: hello, how are you?,Fine.\na,b\nc\n", name
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("dialogue,summary,summary\na,b,c\n", "column 'summary' twice or without a name in its header"),
+        ("dialogue,summary,\nDoctor: hello, how are you?,Fine.\n", "column '' twice or without a name"),
+        ("dialogue,summary,section_text\na,b,c\n", "two columns for summary (summary and section_text) in row 1"),
+        ("dialogue,summary,Summary\na,b,c\n", "two columns for summary (summary and Summary) in row 1"),
+        ("dialogue,summary\na,b\ndialogue,summary\n", "mine.csv: the header again in row 2"),
+    ],
+)
+def test_columns_that_could_be_swapped_are_refused(repository, content, message):
+    assert message in refusal(repository, content)
+
+
+def test_a_table_with_an_index_without_a_name_is_read(repository):
+    (repository / "a.csv").write_text(",dialogue,summary\n0,a,b\n", encoding="utf-8")
+    assert data.read_rows(repository / "a.csv") == [{"id": "1", "section": "", "dialogue": "a", "summary": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "cannot be parsed as jsonl"),
+        ('{"dialogue": 3, "summary": "x"}', "dialogue or summary is not text in row 1"),
+        ('{"dialogue": "a", "summary": "b", "summary": "c"}', "line 1: key summary more than once in an object"),
+        ('{"dialogue": "a", "summary": "b", "section_text": "c"}', "two columns for summary"),
+        ('{"id": 1, "dialogue": "a", "summary": "b"}\n{"dialogue": "a", "summary": "b"}', "id is missing, .* in row 2"),
+        ('{"id": 1, "dialogue": "a", "summary": "b"}\n{"id": null, "dialogue": "a", "summary": "b"}', "null, .* row 2"),
+        ('{"id": {"a": 1}, "dialogue": "a", "summary": "b"}', "id is .* an object in row 1"),
+        ('{"section": ["x"], "dialogue": "a", "summary": "b"}', "section is a list or an object in row 1"),
+        ('{"dialogue": "a", "summary": "\\ud800"}', "half of a surrogate pair .* in row 1"),
+        ("[" * 100_000, "line 1: maximum recursion depth"),
+        ('{"dialogue": "a", "summary": "b"}\n{"dialogue": "c", "summ\n', "line 2, column"),
+        ('{"dialogue": "a", "summary": "b"}\n{"dialogue": "c"}\n', "summary missing in row 2"),
+        ('{"dialogue": "a"}\n', "summary missing in every row"),
+    ],
+)
+def test_wrong_json_is_refused_and_the_row_named(repository, content, message):
+    assert re.search(message, refusal(repository, content, "x.jsonl"))
+
+
+def test_an_error_shows_little_of_a_row_on_one_line(repository):
+    words = "Mrs Smith of Elm Street has\nan ulcer. " * 50
+    for text in (f'"{words}",fine\nc,d\n', f'id,dialogue,summary\n"{words}",a,b\n"{words}",c,d\n'):
+        message = refusal(repository, text)
+        assert "\n" not in message and message.count("Mrs Smith") == 2
+        assert "Mrs Smith of Elm Street has an ulcer. Mrs Smith of Elm Street has an ulcer. M..." in message
 
 
 def test_a_missing_custom_file_is_named(repository):
     with pytest.raises(DataError, match="nothing.csv is missing"):
-        data.prepare(experiments.load_experiment("custom", **{"data.train_file": "nothing.csv"}))
+        data.prepare(recipes.load("custom", {"data.train_file": "nothing.csv"}))
+
+
+def test_a_file_that_cannot_be_read_is_one_clear_error(repository, monkeypatch):
+    (repository / "folder.csv").mkdir()
+    with pytest.raises(DataError, match="folder.csv is a directory: expected a CSV, JSON or JSONL file"):
+        data.read_rows(repository / "folder.csv")
+    with pytest.raises(DataError, match="is missing|cannot be read .File name too long"):
+        data.read_rows(repository / ("x" * 5000))
+    custom(repository, ROWS)
+
+    def denied(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(pathlib.Path, "read_bytes", denied)
+    with pytest.raises(DataError, match=r"mine.csv cannot be read \(Permission denied\)"):
+        data.read_rows(repository / "mine.csv")
+
+
+def test_a_file_that_would_fill_the_memory_is_refused_unread(repository, monkeypatch):
+    with (repository / "big.csv").open("wb") as file:
+        file.truncate(records.MAX_BYTES + 1)  # sparse: takes no room on the disk
+    monkeypatch.setattr(pathlib.Path, "read_bytes", lambda path: pytest.fail("the file was read"))
+    with pytest.raises(DataError, match="big.csv has 512,000,001 bytes: expected .* of at most 512,000,000"):
+        data.read_rows(repository / "big.csv")
 
 
 def test_one_held_out_file_without_the_other_is_refused(repository):
     with pytest.raises(DataError, match="give both, or neither"):
-        data.prepare(custom(repository, ROWS, **{"data.test_file": "mine.csv"}))
+        data.prepare(custom(repository, ROWS, overrides={"data.test_file": "mine.csv"}))
+
+
+def test_rows_without_an_id_are_counted_from_one_and_an_empty_id_is_refused(repository):
+    path = repository / "own.csv"
+    path.write_text("dialogue,summary\na,b\nc,\n", encoding="utf-8")
+    with pytest.raises(DataError, match="empty dialogue or summary in row 2"):
+        records.usable(data.read_rows(path), path, strict=True)
+    path.write_text("id,dialogue,summary\n,a,b\n,c,d\n", encoding="utf-8")
+    with pytest.raises(DataError, match="rows whose id is empty"):
+        records.usable(data.read_rows(path), path, strict=True)
+
+
+# ---------------------------------------------------------------- published files
 
 
 def test_another_checksum_is_an_error_with_the_remedy(repository):
@@ -116,10 +239,19 @@ def test_another_checksum_is_an_error_with_the_remedy(repository):
     (folder / "MTS-Dialog-TrainingSet.csv").write_text("x", encoding="utf-8")
     with pytest.raises(
         DataError,
-        match=r"TrainingSet.csv has sha256 2d711.*expected 65a28.*Delete it and run again.*place it at data/raw/mts-dialog",
+        match=r"TrainingSet.csv has sha256 2d711.*expected 65a28.*Delete it and run again.*place it at data/raw/mts-di",
     ):
-        data.prepare(experiments.load_experiment("mts_dialog"))
+        data.prepare(recipes.load("mts_dialog"))
     assert not (repository / "data" / "processed").exists()
+
+
+def test_half_of_an_unpacked_file_is_an_error_that_names_the_archive(repository):
+    folder = repository / "data" / "raw" / "samsum"
+    folder.mkdir(parents=True)
+    for name in ("train.json", "val.json", "test.json"):
+        (folder / name).write_text("[", encoding="utf-8")
+    with pytest.raises(DataError, match=r"train.json has sha256.*Delete it.*place it at data/raw/samsum/corpus.7z"):
+        data.prepare(recipes.load("samsum"))
 
 
 def test_no_network_and_no_file_names_url_path_and_checksum(repository, monkeypatch):
@@ -133,13 +265,15 @@ def test_no_network_and_no_file_names_url_path_and_checksum(repository, monkeypa
     monkeypatch.setattr(pooch, "retrieve", unreachable)
     with pytest.raises(
         DataError,
-        match=r"corpus.7z is missing and https://arxiv.org\S+ cannot be fetched.*a97674c.*place it at data/raw/samsum/corpus.7z",
+        match=r"corpus.7z is missing and https://arxiv.org\S+ cannot be fetched.*a97674c.*at data/raw/samsum/corpus.7z",
     ):
-        data.prepare(experiments.load_experiment("samsum"))
+        data.prepare(recipes.load("samsum"))
     assert list((repository / "data" / "raw" / "samsum").iterdir()) == []
 
 
-def test_a_download_is_verified_and_renamed(repository, monkeypatch):
+@pytest.fixture
+def downloads(monkeypatch):
+    """Every download brings "abc"."""
     import pooch
 
     monkeypatch.setattr(
@@ -147,35 +281,100 @@ def test_a_download_is_verified_and_renamed(repository, monkeypatch):
         "retrieve",
         lambda url, known_hash, path, fname, progressbar: (path / fname).write_bytes(b"abc"),
     )
-    # sha256 of "abc", as published with the algorithm
-    sha = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    assert data.fetch(repository / "raw", "x.csv", sha, "https://host.invalid/x.csv", False).read_bytes() == b"abc"
+
+
+# sha256 of "abc", as published with the algorithm
+ABC = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_a_download_is_verified_and_renamed(repository, downloads):
+    assert data.fetch(repository / "raw", "x.csv", ABC, "https://host.invalid/x.csv", False).read_bytes() == b"abc"
     assert [p.name for p in (repository / "raw").iterdir()] == ["x.csv"]
 
 
+def test_a_broken_download_never_gets_its_final_name(repository, downloads, monkeypatch):
+    renamed = []
+    monkeypatch.setattr(pathlib.Path, "replace", lambda path, target: renamed.append(target))
+    with pytest.raises(DataError, match=f"raw/x.csv from https://host.invalid/x.csv has sha256 {ABC}, expected 0000"):
+        data.fetch(repository / "raw", "x.csv", "0" * 64, "https://host.invalid/x.csv", False)
+    assert not renamed and list((repository / "raw").iterdir()) == []
+
+
+def test_missing_files_are_unpacked_from_the_archive(repository, monkeypatch):
+    import py7zr
+
+    folder, entry = repository / "data" / "raw" / "samsum", data.source("samsum")
+    folder.mkdir(parents=True)
+    with py7zr.SevenZipFile(folder / "corpus.7z", "w") as archive:
+        for name in ("train.json", "val.json", "test.json"):
+            archive.writestr(name, name)
+    for file in entry["files"].values():
+        name = repository / file["name"]
+        name.write_text(file["name"], encoding="utf-8")
+        file["sha256"] = runs.sha256_file(folder / "corpus.7z" if file["name"] == "corpus.7z" else name)
+    monkeypatch.setattr(data, "source", lambda dataset: entry)
+    (folder / "val.json").write_text("val.json", encoding="utf-8")  # placed by hand: stays
+    files = data.source_files(recipes.load("samsum"))
+    assert {split: path.read_text() for split, path in files.items()} == {
+        "train": "train.json",
+        "validation": "val.json",
+        "test": "test.json",
+    }
+    assert sorted(os.listdir(folder)) == ["corpus.7z", "test.json", "train.json", "val.json"]
+
+
+# ---------------------------------------------------------------- processed rows
+
+
 def test_edited_rows_are_noticed(repository):
-    e = custom(repository, ROWS)
-    data.prepare(e)
-    path = e.processed_dir / "train.jsonl"
+    recipe = custom(repository, ROWS)
+    data.prepare(recipe)
+    path = data.processed_dir(recipe) / "train.jsonl"
     path.write_text(path.read_text(encoding="utf-8").replace("s1", "S1"), encoding="utf-8")
     with pytest.raises(DataError, match="train.jsonl is not the file that 01 wrote"):
-        data.train_rows(e)
+        data.train_rows(recipe)
+
+
+def test_an_own_file_that_is_gone_is_named(repository):
+    recipe = custom(repository, ROWS)
+    data.prepare(recipe)
+    (repository / "mine.csv").unlink()
+    with pytest.raises(DataError, match="mine.csv is missing: expected the file that 01 read"):
+        data.train_rows(recipe)
 
 
 def test_unprepared_data_names_notebook_01(repository):
     with pytest.raises(FileNotFoundError, match="run notebooks/01_prepare_data.ipynb first"):
-        data.train_rows(experiments.load_experiment("demo"))
+        data.train_rows(recipes.load("demo"))
+
+
+def test_load_gives_the_rows_of_the_recipe_as_datasets(repository):
+    limits = {"data.train_rows": 5, "data.validation_rows": 1, "evaluation.rows": 2}
+    recipe = custom(repository, ROWS.replace("s7", "None"), overrides=limits)
+    data.prepare(recipe)
+    rows = data.load(recipe)
+    assert {split: len(part) for split, part in rows.items()} == {"train": 5, "validation": 1, "test": 2}
+    assert list(rows["train"]) == data.train_rows(recipe) and list(rows["test"]) == data.evaluation_rows(recipe)
+    assert set(rows["train"].column_names) == {"id", "section", "dialogue", "summary"}
+    both = recipes.load("custom", {**limits, "data.train_file": "mine.csv", "evaluation.split": "validation"})
+    assert list(data.load(both)["validation"]) == data.validation_rows(both)
+    assert len(data.evaluation_rows(both)) == 2
+
+
+# ---------------------------------------------------------------- leaks
 
 
 def row(number, dialogue):
     return {"id": str(number), "section": "", "dialogue": dialogue, "summary": "s"}
 
 
+WORDS = " ".join(f"w{i}" for i in range(20))
+
+
 def test_audit_finds_same_and_near_dialogues():
-    words = " ".join(f"w{i}" for i in range(20))
     rows = {
-        "train": [row(1, "A: Hi there, you!"), row(2, words), row(3, "a hi THERE you"), row(4, "unrelated")],
-        "test": [row(1, "a - hi there; YOU"), row(2, words + " x"), row(3, "something else")],
+        "train": [row(1, "A: Hi there, you!"), row(2, WORDS), row(3, "a hi THERE you"), row(4, "unrelated")],
+        "test": [row(1, "a - hi there; YOU"), row(2, WORDS + " x"), row(3, "something else")],
     }
     found = data.audit(rows)
     assert found["within"] == {"train": ["3"], "test": []}
@@ -184,80 +383,103 @@ def test_audit_finds_same_and_near_dialogues():
     assert found["near"] == {"test in train": [{"id": "2", "other": "2", "share": 1.0}]}
 
 
-def test_leaked_rows_can_be_left_out_of_training(repository):
-    rows = [{"id": str(n), "dialogue": f"d{n}", "summary": "s"} for n in range(10)]
-    for split, part in (("train", rows[:8]), ("validation", rows[7:9]), ("test", rows[5:6] + rows[9:])):
+def test_seen_tells_copies_from_near_duplicates():
+    # of 20 words, 14 in common are 7 of 13 sequences, and 13 in common are 6 of 13: above and below one half
+    cut = [" ".join(WORDS.split()[:n] + [f"x{i}" for i in range(20 - n)]) for n in (14, 13)]
+    held_out = [row(1, "other"), row(2, cut[0]), row(3, cut[1]), row(4, WORDS.upper() + "!"), row(5, WORDS + " x")]
+    assert data.seen(held_out, [row(9, WORDS)]) == {"same": ["4"], "near": ["2", "5"]}
+
+
+def test_dialogues_of_emoji_or_punctuation_alone_are_not_all_the_same():
+    texts = ["😀", "👍", "👍 👍", "👍👍", "...", "?!"]
+    assert len({data.key(row(n, text)) for n, text in enumerate(texts)}) == 5  # blanks do not count
+    assert data.seen([row(1, "😀")], [row(1, "👍")]) == {"same": [], "near": []}
+
+
+@pytest.mark.parametrize(("copies", "near"), [(200, ["1"]), (201, [])])
+def test_sequences_in_more_than_200_training_rows_are_boilerplate(copies, near):
+    train = [row(n, f"{WORDS} ending{n}") for n in range(copies)]
+    assert leaks.BOILERPLATE == 200
+    assert data.seen([row(1, WORDS + " other words")], train)["near"] == near
+    # without the boilerplate, what is left of two dialogues still counts
+    own = " ".join(f"v{i}" for i in range(20))
+    train.append(row("own", f"{WORDS} {own}"))
+    assert data.seen([row(1, own)], train)["near"] == ["1"]
+
+
+def held_out(repository, train, validation, test, overrides):
+    files = {"train": train, "validation": validation, "test": test}
+    for split, part in files.items():
         (repository / f"{split}.jsonl").write_text("\n".join(map(json.dumps, part)), encoding="utf-8")
-    files = {f"data.{split}_file": f"{split}.jsonl" for split in ("train", "validation", "test")}
-    e = experiments.load_experiment("custom", **files, **{"data.drop_leaked": True, "data.train_rows": 6})
-    data.prepare(e)
-    assert [r["id"] for r in data.train_rows(e)] == ["0", "1", "2", "3", "4", "6"]
-    assert data.leaked_ids(e, "test") == {"5"} and data.leaked_ids(e, "validation") == {"7"}
-    test = data.eval_rows(e)
-    assert data.seen_ids(test, data.train_rows(e)) == set()  # the leaked row was left out
-    assert data.seen_ids(test, data.load_split(e, "train")) == {"5"}
+    recipe = recipes.load("custom", {**{f"data.{split}_file": f"{split}.jsonl" for split in files}, **overrides})
+    data.prepare(recipe)
+    return recipe
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"dialogue": "a", "summary": "b"}\n{"dialogue": "c", "summ\n', "line 2, column"),
-        ('{"dialogue": "a", "summary": "b"}\n{"dialogue": "c"}\n', "summary missing in row 2"),
-        ('{"dialogue": "a"}\n', "summary missing in every row"),
-    ],
-)
-def test_an_error_in_an_own_file_names_the_line(repository, text, message):
-    (repository / "own.jsonl").write_text(text, encoding="utf-8")
-    with pytest.raises(data.DataError, match=message):
-        data.read_rows(repository / "own.jsonl")
+def test_leaked_rows_can_be_left_out_of_training(repository):
+    rows = [row(n, f"d{n}") for n in range(10)]
+    near = [row("near", WORDS + " x"), row("near too", "x " + WORDS)]
+    overrides = {"data.drop_leaked": True, "data.train_rows": 6}
+    recipe = held_out(repository, near + rows[:8], rows[7:9], [rows[5], rows[9], row("w", WORDS)], overrides)
+    assert [r["id"] for r in data.train_rows(recipe)] == ["0", "1", "2", "3", "4", "6"]
+    found = json.loads((data.processed_dir(recipe) / "leaks.json").read_text(encoding="utf-8"))
+    assert found["across"]["test in train"] == ["5"] and found["across"]["validation in train"] == ["7"]
+    assert data.report(recipe)["leaks"]["near"]["test in train"] == 1 == len(found["near"]["test in train"])
+    test = data.evaluation_rows(recipe)
+    assert data.seen(test, data.train_rows(recipe)) == {"same": [], "near": []}  # the leaked rows were left out
+    assert data.seen(test, data.load_split(recipe, "train")) == {"same": ["5"], "near": ["w"]}
 
 
-def test_rows_without_an_id_are_counted_from_one_and_an_empty_id_is_refused(repository):
-    path = repository / "own.csv"
-    path.write_text("dialogue,summary\na,b\nc,\n", encoding="utf-8")
-    with pytest.raises(data.DataError, match="empty dialogue or summary in row 2"):
-        data.usable(data.read_rows(path), path, strict=True)
-    path.write_text("id,dialogue,summary\n,a,b\n,c,d\n", encoding="utf-8")
-    with pytest.raises(data.DataError, match="rows whose id is empty"):
-        data.usable(data.read_rows(path), path, strict=True)
+def test_leaving_out_every_training_row_is_refused(repository):
+    rows = [row(n, f"d{n}") for n in range(3)]
+    recipe = held_out(repository, rows, rows, rows, {"data.drop_leaked": True})
+    with pytest.raises(DataError, match="data.drop_leaked leaves no row to train on"):
+        data.train_rows(recipe)
 
 
 @needs_mts
 def test_the_published_mts_dialog_files_are_what_we_say():
-    e = experiments.load_experiment("mts_dialog")
-    report = data.prepare(e, progress=False)
+    recipe = recipes.load("mts_dialog")
+    report = data.prepare(recipe, progress=False)
     assert report["rows"] == {"train": 1201, "validation": 100, "test1": 200, "test2": 200} and not report["dropped"]
-    assert data.leaked_ids(e, "validation") == {"4", "58"}
-    assert data.leaked_ids(e, "test1") == {"96", "106"} and data.leaked_ids(e, "test2") == {"59", "153"}
-    rows = data.train_rows(e)
+    rows, expected = (
+        data.train_rows(recipe),
+        {"validation": ["4", "58"], "test1": ["96", "106"], "test2": ["59", "153"]},
+    )
+    assert {split: data.seen(data.load_split(recipe, split), rows)["same"] for split in expected} == expected
+    near = {pair: n for pair, n in report["leaks"]["near"].items() if pair.endswith("in train")}
+    assert near == {"validation in train": 0, "test1 in train": 1, "test2 in train": 5}
     assert not any("\r" in r["dialogue"] for r in rows) and sum(r["summary"] == "None." for r in rows) == 37
-    assert len(data.released_outputs(progress=False)) == 400
+    assert len(data.read_table(data.published_file("mts_dialog", "released_outputs", progress=False))) == 400
+    best = data.train_rows(recipes.load("mts_dialog_best"))
+    seen = [data.seen(data.load_split(recipe, split), best) for split in expected]
+    assert seen == [{"same": [], "near": []}] * 3 and 1180 < len(best) < 1201
 
 
 @needs_samsum
 def test_the_published_samsum_files_are_what_we_say():
-    e = experiments.load_experiment("samsum")
-    report = data.prepare(e, progress=False)
+    recipe = recipes.load("samsum")
+    report = data.prepare(recipe, progress=False)
     assert report["rows"] == {"train": 14731, "validation": 818, "test": 819}
     assert report["dropped"] == {"train": [{"id": "13828807", "reason": "empty dialogue"}]}
-    assert len(data.leaked_ids(e, "test")) == 42 and len(data.leaked_ids(e, "validation")) == 47
-    assert report["leaks"]["within"]["train"] == 487 and report["leaks"]["across"]["test in validation"] == 4
-    assert len(data.train_rows(e)) == 7366
-    best = data.train_rows(experiments.load_experiment("samsum_best"))
-    held_out = {data.key(r) for s in ("validation", "test") for r in data.load_split(e, s)}
-    assert not held_out & {data.key(r) for r in best} and len(best) > 14600
+    assert report["leaks"]["across"] == {"validation in train": 47, "test in train": 42, "test in validation": 4}
+    assert report["leaks"]["near"] == {"validation in train": 8, "test in train": 6, "test in validation": 1}
+    assert report["leaks"]["within"]["train"] == 487
+    assert len(data.train_rows(recipe)) == 7366
+    best = data.train_rows(recipes.load("samsum_best"))
+    others = [r for split in ("validation", "test") for r in data.load_split(recipe, split)]
+    assert data.seen(others, best) == {"same": [], "near": []} and len(best) > 14600
 
 
 def test_data_readme_names_every_checksum_and_row_count():
     text = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
-    published = [
-        *data.MTS_FILES.values(),
-        *data.SAMSUM_FILES.values(),
-        data.RELEASED_OUTPUTS,
-        data.MANUAL_SCORES,
-        data.SAMSUM_ARCHIVE,
-    ]
-    assert len(published) == 10
-    for name, sha in published:
-        assert name in text and sha in text
-    assert data.MTS_COMMIT in text and re.search(r"14,731", text)
+    published = tomllib.loads((ROOT / "data" / "sources.toml").read_text(encoding="utf-8"))
+    files = [file for dataset in published for file in data.source(dataset)["files"].values()]
+    assert len(files) == 10
+    for file in files:
+        assert re.search(rf"\| {re.escape(file['name'])} \|.* {file['sha256']} \|", text)
+    assert sorted(re.findall(r"[0-9a-f]{64}", text)) == sorted(file["sha256"] for file in files)
+    for entry in published.values():
+        assert entry["licence"] in text and entry["page"] in text and f"data/raw/{entry['folder']}/" in text
+    assert published["mts_dialog"]["commit"] in text and published["mts_dialog"]["commit"] in files[0]["url"]
+    assert re.search(r"14,731", text)

@@ -2,17 +2,17 @@
 
 import math
 import random
-import time
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-import torch
 from rouge_score import rouge_scorer
 from sacrebleu.metrics import BLEU
 from sacrebleu.significance import PairedTest
+from scipy import stats
 
-from src import data, experiments, scoring
-from tests.test_data import needs_mts, needs_samsum
+from src import runs, scoring
 
 WORDS = "the patient denies fever running runs pain knees chest for two weeks daily. He is no better! 10 mg".split()
 
@@ -22,42 +22,26 @@ def texts(seed, n=60):
     return [" ".join(rng.choices(WORDS, k=rng.randint(0, 25))) for _ in range(n)]
 
 
-def means(values):
-    return {k: round(v, 4) for k, v in values.items()}
-
-
 def test_three_word_texts_worked_by_hand():
     # prediction "a b c", reference "a c d e": overlap {a, c} = 2, P = 2/3, R = 2/4, F1 = 2PR/(P+R) = 4/7.
-    # bigrams ab bc / ac cd de: none. LCS "a c" = 2: as ROUGE-1. Swapped arguments keep F1, so the next test looks at P and R.
+    # bigrams ab bc / ac cd de: none. LCS "a c" = 2: as ROUGE-1. Swapped arguments keep F1: the next test sees them.
     rows = scoring.score_rows(["a b c"], ["a c d e"])
-    assert (
-        rows["ROUGE-1"][0] == pytest.approx(4 / 7)
-        and rows["ROUGE-2"][0] == 0
-        and rows["ROUGE-L"][0] == pytest.approx(4 / 7)
-    )
+    found = [rows[column][0] for column in ("ROUGE-1", "ROUGE-2", "ROUGE-L")]
+    assert found == pytest.approx([4 / 7, 0, 4 / 7])
 
 
 def test_bleu_counts_are_prediction_against_reference():
-    # "the the the" against "the cat": 1 clipped match of 3 unigrams, 0 of 2 bigrams; lengths 3 and 2. Swapped: 1 of 2, 0 of 1.
-    assert scoring.score_rows(["the the the"], ["the cat"])["counts"][0].tolist() == [
-        1,
-        0,
-        0,
-        0,
-        3,
-        2,
-        1,
-        0,
-        3,
-        2,
-    ]
+    # "the the the" against "the cat": 1 clipped match of 3 unigrams, 0 of 2 bigrams; lengths 3 and 2.
+    # Swapped it would be 1 of 2 and 0 of 1.
+    matches, totals, lengths = [1, 0, 0, 0], [3, 2, 1, 0], [3, 2]
+    assert scoring.score_rows(["the the the"], ["the cat"])["counts"][0].tolist() == matches + totals + lengths
 
 
 def test_stemmer_and_sentence_lines_by_hand():
     # "knees hurting" and "knee hurt" share no word before stemming, both after it
     rows = scoring.score_rows(["knees hurting"], ["knee hurt"])
     assert rows["ROUGE-1"][0] == 0 and rows["ROUGE-1 stemmed"][0] == 1
-    # sentences swapped: as one text the longest common subsequence is one sentence of two (1/2); line by line both are found
+    # sentences swapped: as one text the longest common subsequence is one of two sentences; line by line both are found
     rows = scoring.score_rows(["c d. a b."], ["a b. c d."])
     assert rows["ROUGE-L stemmed"][0] == 0.5 and rows["ROUGE-Lsum stemmed"][0] == 1
 
@@ -106,17 +90,93 @@ def test_different_numbers_of_rows_are_an_error():
         scoring.score_rows(["a"], ["a", "b"])
 
 
-def test_interval_holds_the_value_and_shrinks_with_rows():
-    rng = np.random.default_rng(0)
-    small, large = rng.random(20), rng.random(2000)
-    a, b = scoring._mean_interval(small, 0), scoring._mean_interval(large, 0)
-    assert a["low"] < a["value"] < a["high"] and b["high"] - b["low"] < (a["high"] - a["low"]) / 5
-    # a mean of 2,000 uniform values has standard error sqrt(1/12/2000) = 0.00645: the interval is about 3.92 of them wide
-    assert b["high"] - b["low"] == pytest.approx(3.92 * 0.00645, rel=0.15)
+def mixed(n: int, zeros: float, ones: float, seed: int = 0) -> np.ndarray:
+    """Row scores as real ones are: many 0, some 1, the others between."""
+    rng = np.random.default_rng(seed)
+    kind = rng.random(n)
+    return np.where(kind < zeros, 0, np.where(kind > 1 - ones, 1, rng.beta(2, 5, n)))
+
+
+def scored(values) -> dict:
+    return {"ROUGE-L": np.asarray(values, dtype=float)}
+
+
+def test_bounds_over_50_rows_are_scipys_percentile_bootstrap():
+    values = mixed(200, 0.3, 0.1)
+    found = scoring.with_intervals(scored(values), np.arange(200), seed=0)["ROUGE-L"]
+    theirs = stats.bootstrap((values,), np.mean, method="percentile", n_resamples=20000, rng=0).confidence_interval
+    assert found["value"] == values.mean()
+    assert (found["low"], found["high"]) == pytest.approx(tuple(theirs), abs=0.004)  # the interval is 0.08 wide
+    # a mean of 2,000 uniform values has standard error sqrt(1/12/2000) = 0.00645: the interval is 3.92 of them wide
+    uniform = np.random.default_rng(0).random(2000)
+    found = scoring.with_intervals(scored(uniform), np.arange(2000), seed=0)["ROUGE-L"]
+    assert found["high"] - found["low"] == pytest.approx(3.92 * 0.00645, rel=0.15)
+
+
+def test_bounds_of_10_to_50_rows_are_scipys_t_interval_with_the_ends_of_the_scale():
+    for n in (10, 50):
+        values = mixed(n, 0.3, 0.1)
+        found = scoring.with_intervals(scored(values), np.arange(n), seed=0)["ROUGE-L"]
+        more = np.append(values, [0, 1])
+        low, high = stats.t.interval(0.95, n + 1, loc=more.mean(), scale=stats.sem(more))
+        assert (found["low"], found["high"]) == pytest.approx((max(low, 0), high))
+        assert found["low"] <= found["value"] <= found["high"]
+        better = {"ROUGE-L": np.minimum(values + mixed(n, 0.5, 0, seed=1), 1)}
+        difference = better["ROUGE-L"] - values
+        more = np.append(difference, [-0.5, 0.5])
+        test = scoring.paired_test(scored(values), better, np.arange(n), seed=0)["ROUGE-L"]
+        expected = stats.t.interval(0.95, n + 1, loc=more.mean(), scale=stats.sem(more))
+        assert (test["low"], test["high"]) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("zeros", "ones"), [(0.0, 0.0), (0.55, 0.05), (0.2, 0.6)])
+@pytest.mark.parametrize("n", [10, 20, 50])
+def test_intervals_of_few_rows_hold_the_true_mean(zeros, ones, n):
+    truth = mixed(100_000, zeros, ones, seed=1).mean()
+    samples = mixed(500 * n, zeros, ones, seed=2).reshape(500, n)
+    found = [scoring.with_intervals(scored(sample), np.arange(n), 0)["ROUGE-L"] for sample in samples]
+    found = [score for score in found if score["low"] is not None]
+    assert len(found) > 450
+    assert np.mean([score["low"] <= truth <= score["high"] for score in found]) > 0.92
+
+
+def test_few_or_equal_rows_have_no_interval():
+    one = scoring.score_rows(["a b"] * 9, ["a c"] * 9)
+    assert all(score["low"] is None and score["high"] is None for score in _all(one, 9).values())
+    equal = scoring.score_rows(["a b c d"] * 40, ["a b c d"] * 40)  # never "1.000 [1.000, 1.000]" from few rows
+    assert _all(equal, 40)["ROUGE-1"] == {"value": 1, "low": None, "high": None}
+    varied = scoring.score_rows(texts(1, 40), texts(2, 40))
+    assert _all(varied, 40)["ROUGE-1"]["low"] is not None
+    assert _all(varied, 40)["sacreBLEU"]["low"] is None  # pooled counts of few rows: no interval that holds is known
+    varied = scoring.score_rows(texts(1, 60), texts(2, 60))
+    found = _all(varied, 60)["sacreBLEU"]
+    assert found["low"] < found["value"] < found["high"]
+
+
+def _all(rows, n):
+    return scoring.with_intervals(rows, np.arange(n), seed=0)
+
+
+def test_one_seed_gives_one_interval_whatever_the_other_columns():
+    rows = scoring.score_rows(texts(1, 60), texts(2, 60))
+    assert (
+        scoring.with_intervals({"ROUGE-L": rows["ROUGE-L"]}, np.arange(60), 3)["ROUGE-L"]
+        == (scoring.with_intervals(rows, np.arange(60), 3)["ROUGE-L"])
+    )
+
+
+def test_systems_share_their_draws_so_equal_errors_cancel():
+    rows = scoring.score_rows(texts(1), texts(2))  # 60 rows, as varied as rows are
+    better = {column: values + 0.125 for column, values in rows.items() if column != "counts"}
+    test = scoring.paired_test(rows, better | {"counts": rows["counts"]}, np.arange(60), seed=0)
+    assert test["ROUGE-L"] == pytest.approx({"difference": 0.125, "low": 0.125, "high": 0.125, "p": 1 / 1001})
+    assert test["sacreBLEU"] == {"difference": 0, "low": 0, "high": 0, "p": 1}
+    apart = scoring.with_intervals(better, np.arange(60), 0)["ROUGE-L"]
+    assert apart["high"] - apart["low"] > 0.05  # each alone is far from certain
 
 
 def test_paired_test_sees_a_difference_and_none():
-    n = 50
+    n = 60
     rows = scoring.score_rows(["a b c d"] * n, ["a b c d"] * n)
     worse = scoring.score_rows(["a b x y"] * n, ["a b c d"] * n)
     every = np.arange(n)
@@ -124,6 +184,48 @@ def test_paired_test_sees_a_difference_and_none():
     assert same["difference"] == 0 and same["p"] == 1
     other = scoring.paired_test(worse, rows, every, 0)["ROUGE-1"]
     assert other["difference"] == pytest.approx(0.5) and other["p"] == pytest.approx(1 / 1001)
+
+
+@pytest.mark.parametrize(("n", "p"), [(1, None), (9, None), (10, 2 / 2**10), (20, 2 / 2**20), (21, 1 / 1001)])
+def test_equal_gains_in_few_rows_have_the_smallest_p_that_their_number_allows(n, p):
+    # all differences have one sign: of the 2^n ways to swap, only "none" and "all" are as extreme
+    first, second = scored(np.linspace(0.1, 0.4, n)), scored(np.linspace(0.1, 0.4, n) + 0.058)
+    test = scoring.paired_test(first, second, np.arange(n), seed=0)["ROUGE-L"]
+    assert test["difference"] == pytest.approx(0.058) and test["p"] == (None if p is None else pytest.approx(p))
+    assert test["low"] is None and test["high"] is None  # equal differences
+
+
+@pytest.mark.parametrize("n", [10, 13, 200])
+def test_p_is_scipys_permutation_test(n):
+    rng = np.random.default_rng(4)
+    first = mixed(n, 0.3, 0.1)
+    second = first + rng.normal(0.15 / np.sqrt(n), 0.15, n)
+    theirs = stats.permutation_test(
+        (second - first,), np.mean, permutation_type="samples", n_resamples=9999, vectorized=True, rng=0
+    ).pvalue
+    ours = scoring.paired_test(scored(first), scored(second), np.arange(n), seed=0)["ROUGE-L"]["p"]
+    assert 0.01 < theirs < 0.99
+    assert ours == pytest.approx(theirs, abs=1e-9 if n <= scoring.EXACT else 0.05)
+
+
+@pytest.mark.parametrize("n", [10, 30])
+def test_one_in_twenty_equal_systems_is_called_different(n):
+    first, second = mixed(100_000, 0.3, 0.05, seed=5), mixed(100_000, 0.6, 0.05, seed=6)
+    rng, rejected = np.random.default_rng(7), 0
+    for _ in range(600):
+        rows, swapped = rng.integers(0, len(first), n), rng.integers(0, 2, n).astype(bool)
+        one, two = np.where(swapped, second[rows], first[rows]), np.where(swapped, first[rows], second[rows])
+        rejected += scoring.paired_test(scored(one), scored(two), np.arange(n), seed=0)["ROUGE-L"]["p"] < 0.05
+    assert 0.02 < rejected / 600 < 0.08
+
+
+def test_bleu_is_tested_by_swapping_the_counts_of_rows():
+    references = [f"row {i} has four words" for i in range(12)]
+    perfect = scoring.score_rows(references, references)
+    worse = scoring.score_rows(["row x has four words"] * 12, references)
+    test = scoring.paired_test(worse, perfect, np.arange(12), seed=0)["sacreBLEU"]
+    assert test["difference"] > 40 and test["p"] < 0.01
+    assert scoring.paired_test(perfect, perfect, np.arange(12), seed=0)["sacreBLEU"]["p"] == 1
 
 
 def test_our_resamples_counted_as_sacrebleu_counts_give_its_p_value():
@@ -139,164 +241,58 @@ def test_our_resamples_counted_as_sacrebleu_counts_give_its_p_value():
     ours = scoring.paired_test(one, two, np.arange(150), seed=0)["sacreBLEU"]
     assert ours["difference"] == pytest.approx(theirs["BLEU"][1].score - theirs["BLEU"][0].score)
     draws = scoring.resamples(150, 0)
-    drawn = np.abs(scoring.distribution(two, draws)["sacreBLEU"] - scoring.distribution(one, draws)["sacreBLEU"])
+    before, after = (scoring.distribution(rows, draws)["sacreBLEU"] for rows in (one, two))
+    drawn = np.abs(after - before)
     assert (drawn - drawn.mean() > ours["difference"]).mean() == pytest.approx(theirs["BLEU"][1].p_value, abs=0.06)
-    assert 0.1 < theirs["BLEU"][1].p_value < ours["p"]  # it counts one side only, we count both
+    low, high = np.quantile(after - before, [0.025, 0.975])
+    assert (ours["low"], ours["high"]) == (low, high)
 
 
-def test_leads_and_stock_answers_by_hand():
-    record = {
-        "id": "1",
-        "section": "ALLERGY",
-        "dialogue": "A: one\nB: two three four\nA: five six\nB: seven eight nine ten\nA: x",
-        "summary": "",
+def test_clean_rows_are_clean_and_sections_are_sections():
+    # finetuned is right in section A (even rows) and says nothing in B; rows 0 and 1 were trained on
+    records = [{"id": str(i), "section": "AB"[i % 2], "dialogue": f"d {i}", "summary": f"s {i}"} for i in range(24)]
+    right = [record["summary"] if record["section"] == "A" else "" for record in records]
+    copied = ["s 0", "s 1"] + [""] * 22  # knows nothing but the two rows that it was trained on
+    metrics = scoring.evaluate(records, {"base": copied, "finetuned": right}, {"0", "1"}, seed=0)
+    assert (metrics["n"], metrics["n_clean"]) == (24, 22)
+    base, tuned = metrics["systems"]["base"], metrics["systems"]["finetuned"]
+    assert base["all"]["ROUGE-1"]["value"] == pytest.approx(2 / 24) and base["clean"]["ROUGE-1"]["value"] == 0
+    assert tuned["all"]["ROUGE-1"]["value"] == 0.5 and tuned["clean"]["ROUGE-1"]["value"] == 0.5
+    assert {name: (section["n"], section["ROUGE-L"]["value"]) for name, section in tuned["sections"].items()} == {
+        "A": (12, 1),
+        "B": (12, 0),
     }
-    assert scoring.lead3(record) == "A: one\nB: two three four\nA: five six"
-    assert scoring.longest3(record) == "B: two three four\nA: five six\nB: seven eight nine ten"
-    train = [{"section": "ALLERGY", "summary": s, "dialogue": "z"} for s in ("None.", "None.", "Sulfa.")] + [
-        {"section": "CC", "summary": "Cough.", "dialogue": "B: seven eight nine ten"}
-    ]
-    assert scoring.stock_answers([record, {**record, "section": "NEW"}], train) == ["None.", "None."]
-    assert scoring.nearest_summaries([{**record, "section": ""}], train) == ["Cough."]
+    assert tuned["sections"]["A"]["ROUGE-L"]["low"] is None  # 12 equal rows
+    paired = metrics["paired"]["finetuned minus base"]
+    assert paired["all"]["ROUGE-L"]["difference"] == pytest.approx(10 / 24)
+    assert paired["clean"]["ROUGE-L"]["difference"] == 0.5
+    assert metrics["per_row"]["finetuned"]["ROUGE-L"] == [1, 0] * 12
+    assert set(metrics["settings"]["columns"]) == set(tuned["all"])
+    assert "version:" in metrics["settings"]["sacrebleu signature"]
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("Ten milligrams of lisinopril", {"10", "lisinopril"}),
-        ("nineteen eighty eight, thirty-eight, three hundred", {"1988", "38", "300"}),
-        ("two thousand twenty one and one hundred and five", {"2021", "105"}),
-        ("a week, one pack, 2.5 mg", {"2.5"}),
-        ("decide on the inside", set()),
-        ("1. Aspirin. 2. Zocor.\n3. Rest for 4 days. He is 63.", {"4", "63"}),  # enumerators are no numbers
-        ("Both died in their eighties", {"80"}),
-    ],
-)
-def test_numbers_and_drugs_in_words_or_digits(text, expected):
-    assert scoring.facts(text) == expected
-
-
-def test_an_unsupported_dose_is_flagged_and_a_supported_one_is_not():
-    dialogue = "Patient: I take fifty milligrams of metoprolol."
-    assert scoring.unsupported("Metoprolol 50 mg.", dialogue) == set()
-    assert scoring.unsupported("Atenolol 25 mg.", dialogue) == {"atenolol", "25"}
-
-
-@pytest.mark.parametrize(
-    ("summary", "dialogue", "lost"),
-    [
-        ("Cough.", "Patient: I don't have fever.", True),
-        ("Cough, denies fever.", "Patient: No fever.", False),
-        ("Cough.", "Patient: I have a cough now, and notes.", False),  # "now" and "notes" negate nothing
-    ],
-)
-def test_a_summary_without_any_negation_is_counted_when_the_dialogue_has_one(summary, dialogue, lost):
-    assert scoring.lost_negations(summary, dialogue) is lost
-
-
-def test_bertscore_is_a_column_where_it_can_be_had_and_absent_elsewhere(monkeypatch):
-    class Scorer:
-        hash = "roberta-large_L17"
-
-        def score(self, predictions, references):
-            assert all(predictions + references)  # bert-score 0.3 with transformers 5 breaks off at an empty text
-            f = torch.tensor([0.9, 0.5][: len(predictions)])
-            return f / 2, f / 3, f
-
-    assert "BERTScore" not in scoring.score_rows(["a"], ["a"])
-    assert scoring.settings(0)["bert-score hash"] is None
-    monkeypatch.setattr(scoring, "bert_scorer", Scorer)
-    assert scoring.score_rows(["", "b"], ["a", "b"])["BERTScore"].tolist() == pytest.approx([0, 0.9])
-    rows = scoring.score_rows(["a", "b"], ["a", "c"])
-    assert scoring.corpus(rows)["BERTScore"] == pytest.approx(0.7)  # the mean of F, which is the third of P, R, F
-    assert scoring.with_intervals(rows, np.arange(2), 0)["BERTScore"]["low"] == pytest.approx(0.5)
-    assert "BERTScore" in scoring.settings(0)["columns"] and scoring.settings(0)["bert-score hash"] == Scorer.hash
-
-
-def test_novel_bigrams_by_hand():
-    # "a b", "b z": one of two is new
-    assert scoring.novel_bigrams("a b z", "x a b") == 0.5 and math.isnan(scoring.novel_bigrams("a", "a"))
-
-
-def test_human_pairs_need_two_different_summaries():
-    rows = [{"dialogue": d, "summary": s} for d, s in (("x", "1"), ("X!", "2"), ("x", "3"), ("y", "4"), ("y", "4"))]
-    assert data.human_pairs([rows[:2], rows[2:]]) == [("2", "1")]
-
-
-def test_a_whole_run_is_scored_with_clean_rows_and_sections():
-    records = [{"id": str(i), "section": "AB"[i % 2], "dialogue": f"d {i}", "summary": f"s {i}"} for i in range(12)]
-    answers = {"base": [], "finetuned": []}
-    for r in records:
-        answers["base"].append({"prediction": "", "stop": "length", "tokens": 9})
-        answers["finetuned"].append({"prediction": r["summary"], "stop": "eos", "tokens": 3})
-    e, others = experiments.load_experiment("demo"), {"a person": ("all", ["s 1", "x"], ["s 1", "y"])}
-    metrics = scoring.evaluate_run(e, answers, records, records[:3], {"0", "1"}, others)
-    assert metrics["others"]["a person"]["n"] == 2 and metrics["others"]["a person"]["all"]["ROUGE-1"]["value"] == 0.5
-    assert metrics["n"] == 12 and metrics["n_clean"] == 10
-    tuned, base = metrics["systems"]["finetuned"], metrics["systems"]["base"]
-    assert tuned["all"]["ROUGE-1"]["value"] == 1 and base["clean"]["ROUGE-1"]["value"] == 0
-    assert {s: v["n"] for s, v in tuned["sections"].items()} == {"A": 6, "B": 6}
-    assert base["text"]["empty"] == 1 and base["text"]["hit the length cap"] == 1 and tuned["text"]["ended by EOS"] == 1
-    assert metrics["paired"]["finetuned minus base"]["clean"]["ROUGE-L"]["difference"] == 1
-    assert "version:" in metrics["settings"]["sacrebleu signature"] and set(metrics["settings"]["columns"]) == set(
-        tuned["all"]
-    )
-
-
-@needs_mts
-def test_published_mts_dialog_figures():
-    e = experiments.load_experiment("mts_dialog", **{"data.eval_split": "validation"})
-    data.prepare(e, progress=False)
-    rows = data.eval_rows(e)
-    references = [r["summary"] for r in rows]
-    whole = scoring.corpus(scoring.score_rows([scoring.whole_dialogue(r) for r in rows], references))
-    assert [round(whole[c], 3) for c in ("ROUGE-1", "ROUGE-2", "ROUGE-L")] == [0.209, 0.068, 0.152]
-    longest = scoring.corpus(scoring.score_rows([scoring.longest3(r) for r in rows], references))
-    assert [round(100 * longest[c], 1) for c in ("ROUGE-1", "ROUGE-2", "ROUGE-L")] == [21.1, 7.0, 15.7]
-    systems = data.others(e, progress=False)
-    assert [(split, len(p), len(r)) for split, p, r in systems.values()] == [("validation", 100, 100)] * 4
-    scores = [scoring.corpus(scoring.score_rows(p, r)) for _, p, r in systems.values()]
-    assert [round(s["ROUGE-1"], 4) for s in scores] == [0.2948, 0.3838, 0.4021, 0.4088]
-    assert [100 * s["ROUGE-2"] for s in scores] == pytest.approx([11.6, 17.2, 16.9, 16.6], abs=0.06)
-    assert [round(100 * s["ROUGE-L"], 1) for s in scores] == [26.0, 31.2, 33.7, 33.9]
-
-
-@needs_samsum
-def test_published_samsum_figures():
-    e = experiments.load_experiment("samsum")
-    data.prepare(e, progress=False)
-    rows = data.eval_rows(e)
-    references = [r["summary"] for r in rows]
-    columns = ["ROUGE-1 stemmed", "ROUGE-2 stemmed", "ROUGE-L stemmed", "ROUGE-Lsum stemmed"]
-    lead = scoring.corpus(scoring.score_rows([scoring.lead3(r) for r in rows], references))
-    assert [round(100 * lead[c], 1) for c in columns] == [31.3, 8.7, 24.2, 29.4]
-    longest = scoring.corpus(scoring.score_rows([scoring.longest3(r) for r in rows], references))
-    assert [round(100 * longest[c], 1) for c in columns[:3]] == [31.9, 10.2, 24.2]
-    split, one, another = data.others(e)["one human against another"]
-    human = scoring.corpus(scoring.score_rows(one, another))
-    assert split == "all"
-    assert len(one) == 563  # dialogues with two different summaries; one more occurs twice with the same
-    assert [100 * human[c] for c in columns[:3]] == pytest.approx([50.4, 24.0, 40.6], abs=0.15)
-
-
-@needs_samsum
-def test_scoring_every_system_on_samsum_takes_seconds():
-    e = experiments.load_experiment("samsum")
-    data.prepare(e, progress=False)
-    rows, train = data.eval_rows(e), data.train_rows(e)
-    systems = scoring.without_model(rows, train)
-    start = time.perf_counter()
-    scores = scoring.evaluate_systems(rows, systems)
-    print(f"{len(systems)} systems, {len(rows)} rows: {time.perf_counter() - start:.1f} s")
-    assert scores["n"] == 819 and len(scores["systems"]) == 4
+def test_all_rows_clean_or_all_unclean_need_no_second_score():
+    records = [{"id": str(i), "section": "", "dialogue": "d", "summary": "s"} for i in range(3)]
+    for unclean, n in ((set(), 3), ({"0", "1", "2"}, 0)):
+        metrics = scoring.evaluate(records, {"LEAD-3": ["s"] * 3}, unclean, seed=0)
+        assert metrics["n_clean"] == n and metrics["systems"]["LEAD-3"]["clean"] is None
+        assert metrics["paired"] == {} and metrics["per_row"] == {}
+        assert metrics["systems"]["LEAD-3"]["sections"] == {}
 
 
 def test_references_that_rouge_cannot_read_are_said_so(capsys):
     record = {"id": "1", "section": "", "dialogue": "А: привет", "summary": "Они здороваются."}
-    scoring.evaluate_systems([record] * 5, {"base": [record["summary"]] * 5})
+    scoring.evaluate([record] * 5, {"base": [record["summary"]] * 5}, set(), seed=0)
     assert "100% of the references' letters are outside of a-z" in capsys.readouterr().out
     english = record | {"summary": "They greet at the café."}
-    scoring.evaluate_systems([english] * 5, {"base": [english["summary"]] * 5})
+    scoring.evaluate([english] * 5, {"base": [english["summary"]] * 5}, set(), seed=0)
     assert "outside" in capsys.readouterr().out  # one letter of eighteen
-    scoring.evaluate_systems([record | {"summary": "They greet."}] * 5, {"base": ["They greet."] * 5})
+    scoring.evaluate([record | {"summary": "They greet."}] * 5, {"base": ["They greet."] * 5}, set(), seed=0)
     assert capsys.readouterr().out == ""
+
+
+def test_scores_tables_figures_and_pages_import_no_torch():
+    modules = "scoring data runs recipes analysis.tables analysis.pages analysis.figures analysis.baselines"
+    imports = ", ".join(f"src.{name}" for name in [*modules.split(), "analysis.faithfulness"])
+    code = f"import sys, {imports}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=runs.ROOT).returncode == 0

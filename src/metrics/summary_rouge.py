@@ -1,6 +1,6 @@
-"""A local `evaluate` module: ROUGE F1 of every row, by Google's rouge-score. Nothing is fetched.
+"""A local `evaluate` module: ROUGE F1 of every row, by Google's rouge-score.
 
-evaluate reads this file's imports before it runs it, and wants one import a line.
+Nothing is fetched. evaluate reads this file's imports before it runs it, and wants one import a line.
 """
 
 import functools
@@ -11,25 +11,19 @@ import evaluate
 from nltk.stem.porter import PorterStemmer
 from rouge_score import rouge_scorer, tokenize
 
-DESCRIPTION = (
-    "ROUGE-1/2/L unstemmed and stemmed, ROUGE-Lsum stemmed over newline-split sentences; F1 in 0-1, one value a row."
-)
+DESCRIPTION = "F1 (0-1) of every row: ROUGE-1/2/L unstemmed and stemmed, ROUGE-Lsum stemmed over lines of one sentence."
 
 
 class WordCache:
-    """rouge-score's own tokenisation, with every word stemmed once: the Porter stemmer is most of the time otherwise."""
+    """rouge-score's own tokeniser with a cache: every word is stemmed once, which is most of the time otherwise."""
 
     def __init__(self, stem: bool):
-        stemmer = PorterStemmer()
-        self.stem = (
-            functools.lru_cache(None)(lambda word: stemmer.stem(word) if len(word) > 3 else word)
-            if stem
-            else lambda word: word
-        )
+        self.stem = functools.cache(PorterStemmer().stem) if stem else None
         self.tokenize = functools.lru_cache(4096)(self._tokenize)
 
     def _tokenize(self, text):
-        return [self.stem(word) for word in tokenize.tokenize(text, None)]
+        words = tokenize.tokenize(text, None)
+        return [self.stem(word) if self.stem and len(word) > 3 else word for word in words]  # as rouge-score does
 
 
 PLAIN = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=WordCache(False))
@@ -37,7 +31,7 @@ STEMMED = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL", "rougeLsum"], 
 
 
 def sentences(text):
-    """One sentence a line, as ROUGE-Lsum wants it. A text in lines keeps its lines (a dialogue's turns); any other is cut after . ! ?"""
+    """Put one sentence on a line, for ROUGE-Lsum. A text that has lines (a dialogue's turns) keeps them."""
     return text if "\n" in text else re.sub(r"(?<=[.!?])\s+", "\n", text)
 
 
@@ -47,11 +41,11 @@ class SummaryRouge(evaluate.Metric):
         return evaluate.MetricInfo(description=DESCRIPTION, citation="Lin (2004), ROUGE", features=features)
 
     def _compute(self, predictions, references):
-        rows = {}
+        columns = {}
         for prediction, reference in zip(predictions, references, strict=True):
-            scores = {name: score.fmeasure for name, score in PLAIN.score(reference, prediction).items()}
+            plain = PLAIN.score(reference, prediction)
             stemmed = STEMMED.score(sentences(reference), sentences(prediction))
-            scores.update({f"{name}_stemmed": score.fmeasure for name, score in stemmed.items()})
-            for name, value in scores.items():
-                rows.setdefault(name, []).append(value)
-        return rows
+            for scores, suffix in ((plain, ""), (stemmed, " stemmed")):
+                for name, score in scores.items():
+                    columns.setdefault(f"ROUGE-{name[5:]}{suffix}", []).append(score.fmeasure)
+        return columns

@@ -1,0 +1,29 @@
+"""The datasets: records.py reads and checks files, leaks.py compares dialogues, prepare.py makes data/processed and its rows.
+
+A record is {"id", "section", "dialogue", "summary"}, all text; section is "" where there is none.
+"""
+
+from src.data.leaks import audit, key, seen
+from src.data.prepare import (
+    evaluation_rows,
+    fetch,
+    fingerprint,
+    load,
+    load_split,
+    prepare,
+    processed_dir,
+    published_file,
+    report,
+    source,
+    source_files,
+    split_by_seed,
+    train_rows,
+    validation_rows,
+)
+from src.data.records import DataError, read_rows, read_table
+
+__all__ = [
+    "DataError", "audit", "evaluation_rows", "fetch", "fingerprint", "key", "load", "load_split", "prepare",
+    "processed_dir", "published_file", "read_rows", "read_table", "report", "seen", "source", "source_files", "split_by_seed", "train_rows",
+    "validation_rows",
+]  # fmt: skip

@@ -1,0 +1,232 @@
+"""The datasets: fetch and verify, split, write data/processed, and give each recipe its rows.
+
+Published splits stay as published.
+"""
+
+import os
+import random
+import tempfile
+import tomllib
+from collections import defaultdict
+from pathlib import Path
+
+from src import recipes, runs
+from src.data.leaks import NEAR, audit, key, overlaps, sequences
+from src.data.records import DataError, delimiter, read_rows, usable
+
+SOURCES = Path(__file__).resolve().parents[2] / "data" / "sources.toml"
+
+
+def source(dataset: str) -> dict:
+    """A published dataset's entry in data/sources.toml, with "files" as {key: {"name", "sha256", "url"}}."""
+    entry = tomllib.loads(SOURCES.read_text(encoding="utf-8"))[dataset]
+    for name, file in entry["files"].items():
+        url = f"{entry['url']}/{file['path']}"
+        entry["files"][name] = {"name": file.get("name", Path(url).name), "sha256": file["sha256"], "url": url}
+    return entry
+
+
+def fetch(folder: Path, name: str, sha256: str, url: str, progress: bool = True) -> Path:
+    """Return folder/name, verified. If it is missing, download it under a temporary name, verify and rename it."""
+    path, temporary = folder / name, folder / f".{name}.{os.getpid()}.part"
+    by_hand = f"Or download {url} yourself and place it at {runs.relative(folder / Path(url).name)}."
+    if path.exists():
+        found = runs.sha256_file(path)
+        if found == sha256:
+            return path
+        raise DataError(
+            f"{runs.relative(path)} has sha256 {found}, expected {sha256}: it is not the published file, or a part of "
+            f"it. Delete it and run again. {by_hand}"
+        )
+    import pooch
+    import requests
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        pooch.retrieve(url, known_hash=None, path=folder, fname=temporary.name, progressbar=progress)
+        found = runs.sha256_file(temporary)
+        if found == sha256:
+            return temporary.replace(path)
+    except (requests.RequestException, OSError) as error:
+        raise DataError(
+            f"{runs.relative(path)} is missing and {url} cannot be fetched ({type(error).__name__}). "
+            f"Expected a file with sha256 {sha256}. Check the network and run again. {by_hand}"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    raise DataError(
+        f"The download of {runs.relative(path)} from {url} has sha256 {found}, expected {sha256}: it broke off, or is "
+        f"not the published file. It was deleted: run again. {by_hand}"
+    )
+
+
+def published_file(dataset: str, which: str, progress: bool = True) -> Path:
+    """Return a dataset's file (a split, "released_outputs") from data/raw, fetched if it is missing, and verified."""
+    entry = source(dataset)
+    return fetch(runs.ROOT / "data" / "raw" / entry["folder"], **entry["files"][which], progress=progress)
+
+
+def source_files(recipe, progress: bool = True) -> dict[str, Path]:
+    """Return the raw file of every split, fetched if it is missing. An own file to be split is {"train": path}."""
+    d = recipe.data
+    if d.dataset == "demo":
+        return {split: runs.ROOT / "data" / "demo" / f"{split}.csv" for split in recipes.splits("demo")}
+    if d.dataset != "custom":
+        if d.dataset == "samsum":
+            _unpack_samsum(progress)
+        return {split: published_file(d.dataset, split, progress) for split in recipes.splits(d.dataset)}
+    if bool(d.validation_file) != bool(d.test_file):
+        raise DataError(
+            "Only one of data.validation_file and data.test_file is given: give both, or neither to have train_file "
+            "split by data.split_seed."
+        )
+    given = {"train": d.train_file, "validation": d.validation_file, "test": d.test_file}
+    return {split: runs.ROOT / name for split, name in given.items() if name}
+
+
+def _unpack_samsum(progress: bool):
+    """Unpack the splits that are not in data/raw from the archive, each under a temporary name first."""
+    entry = source("samsum")
+    folder = runs.ROOT / "data" / "raw" / entry["folder"]
+    names = [entry["files"][split]["name"] for split in recipes.splits("samsum")]
+    missing = [name for name in names if not (folder / name).exists()]
+    if missing:
+        import py7zr
+
+        archive = published_file("samsum", "archive", progress)
+        with tempfile.TemporaryDirectory(dir=folder) as unpacked, py7zr.SevenZipFile(archive) as packed:
+            packed.extract(unpacked, targets=missing)
+            for name in missing:
+                (Path(unpacked) / name).replace(folder / name)
+
+
+def split_by_seed(rows: list[dict], seed: int, path: Path) -> dict[str, list[dict]]:
+    """Split the rows of a file 80/10/10 into train, validation and test. Rows with the same dialogue stay together."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[key(row)].append(row)
+    if len(groups) < 3:
+        raise DataError(
+            f"{runs.relative(path)}: {len(groups)} different dialogue(s) cannot be split into train, validation and "
+            "test: expected at least 3. Add rows."
+        )
+    order = list(groups.values())
+    random.Random(seed).shuffle(order)
+    tenth = max(1, len(order) // 10)
+    parts = {"train": order[2 * tenth :], "validation": order[tenth : 2 * tenth], "test": order[:tenth]}
+    return {split: [row for group in part for row in group] for split, part in parts.items()}
+
+
+def processed_dir(recipe) -> Path:
+    """The folder of the rows that 01 wrote for the recipe's dataset."""
+    return runs.ROOT / "data" / "processed" / recipe.data.dataset
+
+
+def prepare(recipe, progress: bool = True) -> dict:
+    """Fetch, verify, read, check and audit the recipe's dataset; write data/processed/<dataset>. Returns the report.
+
+    Writes <split>.jsonl, leaks.json (the ids of `audit`) and, last, report.json. Raises DataError before any of them.
+    """
+    dataset, files = recipe.data.dataset, source_files(recipe, progress)
+    if dataset == "mts_dialog":
+        published_file(dataset, "released_outputs", progress)  # 03 scores them, and may have no network
+    rows, dropped = {}, {}
+    for split, path in files.items():
+        rows[split], dropped[split] = usable(read_rows(path), path, strict=dataset == "custom")
+    one_file = list(rows) == ["train"]
+    if one_file:
+        rows = split_by_seed(rows["train"], recipe.data.split_seed, files["train"])
+    leaks, folder = audit(rows), processed_dir(recipe)
+    written = {split: runs.write_jsonl(folder / f"{split}.jsonl", part) for split, part in rows.items()}
+    summary = {
+        "dataset": dataset,
+        "sources": {split: _origin(path) for split, path in files.items()},
+        "split_seed": recipe.data.split_seed if one_file else None,
+        "rows": {split: len(part) for split, part in rows.items()},
+        "dropped": {split: items for split, items in dropped.items() if items},
+        "leaks": {name: {pair: len(ids) for pair, ids in part.items()} for name, part in leaks.items()},
+        "processed": {split: runs.sha256_file(path) for split, path in written.items()},
+    }
+    runs.write_json(folder / "leaks.json", leaks)
+    runs.write_json(folder / "report.json", summary)
+    return summary
+
+
+def _origin(path: Path) -> dict[str, str]:
+    """The file that rows come from, and its delimiter if that is not a comma."""
+    if not path.is_file():
+        raise DataError(f"{runs.relative(path)} is missing: expected the file that 01 read.")
+    found, character = {"file": runs.relative(path), "sha256": runs.sha256_file(path)}, delimiter(path)
+    return found if character == "," else {**found, "delimiter": character}
+
+
+def report(recipe) -> dict:
+    """Read 01's report.json and check it: another own file or split_seed, or rows edited since, is a DataError."""
+    folder = processed_dir(recipe)
+    found = runs.read_json(folder / "report.json", "01_prepare_data")
+    again = f"Run notebooks/01_prepare_data.ipynb again with the same RECIPE and OVERRIDES. ({runs.relative(folder)})"
+    if recipe.data.dataset == "custom":
+        sources = {split: _origin(path) for split, path in source_files(recipe).items()}
+        seed = recipe.data.split_seed if len(sources) == 1 else None
+        if (found["sources"], found["split_seed"]) != (sources, seed):
+            raise DataError(
+                f"The prepared rows come from {found['sources']}, seed {found['split_seed']}; expected {sources}, "
+                f"seed {seed}. {again}"
+            )
+    for split, sha256 in found["processed"].items():
+        path = folder / f"{split}.jsonl"
+        if not path.is_file() or runs.sha256_file(path) != sha256:
+            raise DataError(
+                f"{runs.relative(path)} is not the file that 01 wrote: found another sha256 or no file, expected "
+                f"{sha256}. {again}"
+            )
+    return found
+
+
+def fingerprint(recipe) -> dict[str, str]:
+    """The sha256 of every processed split, for the manifest."""
+    return report(recipe)["processed"]
+
+
+def load_split(recipe, split: str) -> list[dict]:
+    """All processed rows of a split, in file order."""
+    report(recipe)
+    return runs.read_jsonl(processed_dir(recipe) / f"{split}.jsonl", "01_prepare_data")
+
+
+def train_rows(recipe) -> list[dict]:
+    """The rows to train on: the first data.train_rows.
+
+    With data.drop_leaked, rows whose dialogue or a near duplicate of it is in another split are left out before.
+    """
+    rows = load_split(recipe, "train")
+    if recipe.data.drop_leaked:
+        held_out = [row for split in recipes.splits(recipe.data.dataset)[1:] for row in load_split(recipe, split)]
+        leaked = {key(row) for row in held_out}
+        compared = overlaps([sequences(row) for row in held_out], [sequences(row) for row in rows])
+        near = {position for shares in compared for position, share in shares.items() if share >= NEAR}
+        rows = [row for position, row in enumerate(rows) if position not in near and key(row) not in leaked]
+    if not rows:
+        raise DataError(
+            "data.drop_leaked leaves no row to train on: every training dialogue, or a near duplicate of it, is in "
+            "another split too. Set it to false, or give other files."
+        )
+    return rows[: recipe.data.train_rows]
+
+
+def validation_rows(recipe) -> list[dict]:
+    """The rows of the validation loss: the first data.validation_rows."""
+    return load_split(recipe, "validation")[: recipe.data.validation_rows]
+
+
+def evaluation_rows(recipe) -> list[dict]:
+    """The rows that 03 scores: the first evaluation.rows of evaluation.split."""
+    return load_split(recipe, recipe.evaluation.split)[: recipe.evaluation.rows]
+
+
+def load(recipe):
+    """Return a datasets.DatasetDict: "train", "validation" and "evaluation", the rows of evaluation.split that 03 scores."""
+    from datasets import Dataset, DatasetDict
+
+    parts = {"train": train_rows(recipe), "validation": validation_rows(recipe), "evaluation": evaluation_rows(recipe)}
+    return DatasetDict({name: Dataset.from_list(rows) for name, rows in parts.items()})

@@ -1,0 +1,239 @@
+"""The base model in 4 bits and its tokenizer, loaded the same way on CUDA and on the CPU, and the hub's errors in plain words."""
+
+import logging
+import os
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils import logging as transformers_logging
+
+from src import data, engine, prompts, runs
+from src.runs import identity
+
+
+class ModelError(RuntimeError):
+    """A model, tokenizer or device that cannot be had. The message names it and the remedy."""
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:1` as a torch device. Raises ModelError when the GPU asked for is not there."""
+    if name == "auto":
+        name = "cuda:0" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ModelError(f"device is {name!r}: expected auto, cpu, cuda or cuda:<number>.")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ModelError(
+            f"device is {name!r}, and this machine shows torch {count} CUDA device(s). Set device to 'auto' or 'cpu', or install "
+            f"a CUDA build of torch (this one is {torch.__version__}) and check that nvidia-smi lists the GPU."
+        )
+    if device.type == "cpu":
+        return device
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # passes differ in size: less fragmentation
+    return torch.device("cuda", device.index or 0)
+
+
+def compute_dtype(recipe, device: torch.device) -> torch.dtype:
+    """The dtype of activations and matrix products: the recipe's, or what the device computes best in."""
+    name = recipe.quantization.bnb_4bit_compute_dtype
+    return identity.usual_dtype(device) if name == "auto" else getattr(torch, name)
+
+
+def optimizer(recipe, device: torch.device) -> str:
+    """The recipe's optimiser; one that needs CUDA becomes plain AdamW on a CPU, and the run records which ran."""
+    name = recipe.training.optim
+    needs_cuda = any(word in name for word in ("8bit", "paged", "lion", "ademamix"))
+    return "adamw_torch" if needs_cuda and device.type != "cuda" else name
+
+
+def find_model(name: str) -> str:
+    """The folder of a local base model, or the hub id as it stands. Raises ModelError for a folder that is not there."""
+    folder = runs.ROOT / name
+    if (folder / "config.json").is_file():
+        return str(folder)
+    if (
+        folder.is_dir()
+        or Path(name).is_absolute()
+        or name.startswith((".", "data/", "outputs/"))
+        or name.count("/") != 1
+    ):
+        raise ModelError(
+            f"base_model is {name!r}: expected a folder with config.json and safetensors weights at that path (relative to the "
+            "repository), or a model id such as 'mistralai/Mistral-7B-v0.1'."
+        )
+    return name
+
+
+def load_tokenizer(recipe):
+    """The base model's tokenizer with a pad token that is not EOS (`pad_token`: one it has, or a new [PAD]).
+
+    Nothing here reads a label from padding. But the tokenizer is saved with the adapter, and in transformers' own collator a pad
+    that is EOS hides every EOS from the loss.
+    """
+    with hub_errors(recipe.base_model, recipe.revision, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            find_model(recipe.base_model), revision=recipe.revision, mistral_format=False
+        )
+    tokenizer.model_max_length = 10**9  # prompts are cut by recipe.prompt.max_tokens, and counted
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"The tokenizer of {recipe.base_model!r} has no EOS token, so no summary could ever end: choose another base_model."
+        )
+    if recipe.pad_token == "add":
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+        return tokenizer
+    for token in (tokenizer.unk_token, tokenizer.pad_token, tokenizer.bos_token):
+        if token not in (None, tokenizer.eos_token):
+            tokenizer.pad_token = token
+            return tokenizer
+    raise ModelError(
+        f"pad_token is 'unk', and the tokenizer of {recipe.base_model!r} has no unk, pad or BOS token apart from EOS: set "
+        "pad_token to 'add'."
+    )
+
+
+def load_config(recipe):
+    """The base model's configuration, without its weights."""
+    with hub_errors(recipe.base_model, recipe.revision, "configuration"):
+        return AutoConfig.from_pretrained(find_model(recipe.base_model), revision=recipe.revision)
+
+
+def load_base(recipe, tokenizer, device: torch.device, quantization: BitsAndBytesConfig | None = None):
+    """The frozen base model, quantised while it loads, ready for an adapter. 02 does the same in its cells.
+
+    `quantization`: the recipe's where it is left out.
+    """
+    quantization = quantization or quantization_config(recipe, device)
+    with hub_errors(recipe.base_model, recipe.revision, "model"):
+        model = AutoModelForCausalLM.from_pretrained(
+            find_model(recipe.base_model),
+            revision=recipe.revision,
+            quantization_config=quantization if quantization.load_in_4bit else None,
+            dtype=quantization.bnb_4bit_compute_dtype,
+            device_map={"": device},
+            attn_implementation=engine.ATTENTION,
+            use_safetensors=True,
+        )
+    return prepare(model, tokenizer, recipe.seed)
+
+
+def quantization_config(recipe, device: torch.device) -> BitsAndBytesConfig:
+    """The recipe's [quantization] as transformers' BitsAndBytesConfig; load_in_4bit=False means no quantisation."""
+    return BitsAndBytesConfig(
+        **recipe.quantization.model_dump() | {"bnb_4bit_compute_dtype": compute_dtype(recipe, device)}
+    )
+
+
+def prepare(model, tokenizer, seed: int):
+    """Freeze a loaded base model, and make room for the tokenizer's added tokens. Returns the model.
+
+    Raises ModelError for an attention that torch's sdpa does not compute.
+    """
+    if not model._supports_sdpa or getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+        raise ModelError(
+            f"{model.config._name_or_path} ({type(model).__name__}) has an attention of its own (sinks or soft-capped scores), "
+            "which torch's sdpa does not compute: choose another base_model."
+        )
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        torch.manual_seed(seed)  # the new rows are drawn from the old rows' mean and covariance
+        model.resize_token_embeddings(len(tokenizer))
+    model.config.pad_token_id = tokenizer.pad_token_id
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # Where a CPU has AVX512-BF16, bitsandbytes repacks a layer's weights for good at its first use in eval mode:
+            # 16-bit results from then on, and no gradient through the layer, so training after a generation goes wrong.
+            module.support_avx512bf16_for_cpu = False
+    model.requires_grad_(False)
+    return model
+
+
+def load_finetuned(run, recipe, tokenizer):
+    """The run's base model with its trained adapter. `with model.disable_adapter():` gives the base model.
+
+    Raises RunError when the adapter's files, the data or the base model are not those of the run.
+    """
+    adapter, values, manifest = run.check_adapter(), run.config["identity"], run.manifest
+    recipe = recipe.model_copy(update={"revision": manifest["base_commit"] or recipe.revision})
+    base = load_base(recipe, tokenizer, resolve_device(recipe.device))
+    train = data.train_rows(recipe)
+    first = prompts.build_all(train[:1], tokenizer, recipe.prompt, train)[0]
+    found = {
+        "base model": identity.base_commit(base) or identity.fingerprint(recipe.base_model),
+        "training rows": identity.ids(row["id"] for row in train),
+        "first training row": identity.ids([first["input_ids"], first["labels"]]),
+        "processed data": data.fingerprint(recipe),
+    }
+    expected = {
+        "base model": values["base"],
+        "training rows": values["rows"]["ids"],
+        "first training row": values["rows"]["first"],
+        "processed data": manifest["data"] or found["processed data"],
+    }
+    for what in (name for name in found if found[name] != expected[name]):
+        raise runs.RunError(
+            f"{run.name} was trained with another {what}: found {found[what]}, expected {expected[what]}. Put the files back and "
+            "run 01 again; rows and prompts changed by hand in 02 cannot be found again here: set them in OVERRIDES there."
+        )
+    return PeftModel.from_pretrained(base, adapter).eval()
+
+
+def quiet():
+    """Silence what a notebook does not need: progress bars of weights, and two warnings about what is handled here."""
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft asks by transformers' old name
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # asks for a package `prepare` avoids
+
+
+@contextmanager
+def hub_errors(name: str, revision: str = "main", what: str = "model"):
+    """Turn the hub's errors into one paragraph: which id, which variable, what to do without a network."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    offline = (
+        "Offline alternative: put the model's files in a folder and set base_model to it "
+        '(OVERRIDES = {"base_model": "data/demo/base"} is in the repository).'
+    )
+    try:
+        yield
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        chain, cause = [], error
+        while cause is not None:
+            chain.append(cause)
+            cause = cause.__cause__ or cause.__context__
+
+        def caused_by(*kinds):
+            return any(isinstance(e, kinds) for e in chain)
+
+        if caused_by(GatedRepoError) or "gated repo" in str(error):
+            token = "is set, so its account lacks access" if os.environ.get("HF_TOKEN") else "is not set"
+            message = (
+                f"{name!r} is a gated model and the hub refused its {what}; HF_TOKEN {token}. Accept the licence on the model's "
+                "page, set HF_TOKEN to a read token, run again."
+            )
+        elif caused_by(RepositoryNotFoundError) or "not a valid model identifier" in str(error):
+            message = (
+                f"The hub knows no model {name!r} at revision {revision!r} (or it is private): check base_model and revision, and "
+                "HF_TOKEN if it is private."
+            )
+        elif caused_by(LocalEntryNotFoundError, OfflineModeIsEnabled) or "couldn't connect" in str(error).lower():
+            message = (
+                f"The {what} of {name!r} (revision {revision!r}) is not in the local cache and the model hub cannot be reached. "
+                "Check the network and HF_HUB_OFFLINE, run again."
+            )
+        else:
+            raise
+        raise ModelError(f"{message} {offline}") from error

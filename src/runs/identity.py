@@ -1,0 +1,174 @@
+"""What a run and an evaluation depend on, read from the objects that really ran, and hashed into their names.
+
+A number changed in a notebook's LoraConfig or TrainingArguments is therefore another run, and the same numbers are the same
+run whether they come from a cell or from OVERRIDES. How a machine computes (device, memory, passes) is left out.
+"""
+
+import hashlib
+import json
+from dataclasses import fields
+from pathlib import Path
+
+from src import recipes, runs
+from src.runs import files
+
+MACHINE = (  # beginnings of TrainingArguments' names that say how a machine computes and reports, not what it trains
+    "output_dir", "per_device_", "gradient_", "activation_", "auto_find_batch_size", "bf16", "fp16", "tf32", "use_cpu",
+    "dataloader_", "logging_", "log_", "save_", "report_to", "run_name", "remove_unused_columns", "accelerator_config",
+    "restore_callback_states", "disable_tqdm", "ddp_", "local_rank", "torch_", "include_", "hub_", "push_to_hub", "do_",
+    "eval_accumulation_steps", "eval_on_start", "eval_delay", "skip_memory_metrics", "ignore_data_skip", "deepspeed",
+    "fsdp", "project", "trackio",
+)  # fmt: skip
+GREEDY = {  # what decoding does where GenerationConfig leaves a field out
+    "num_beams": 1, "do_sample": False, "temperature": 1, "top_p": 1, "top_k": 50, "length_penalty": 1,
+    "no_repeat_ngram_size": 0, "early_stopping": False, "min_new_tokens": 0, "min_length": 0, "use_cache": True,
+    "max_length": 20, "num_return_sequences": 1, "repetition_penalty": 1,
+}  # fmt: skip
+PLACE = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping", "task_type")
+
+
+def name(prefix: str, values: dict) -> str:
+    """The prefix plus the first 8 hex digits of the sha256 of the values: equal values, equal name."""
+    return f"{prefix}-{hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]}"
+
+
+def of_run(trainer, recipe) -> dict:
+    """What the weights of a run depend on, in JSON's types.
+
+    `trainer`: a transformers Trainer over a PeftModel, whose datasets have the columns id, input_ids and labels.
+    Values that transformers and PEFT have by default are left out, so that the rest can be read.
+    """
+    model, args = trainer.model, trainer.args
+    adapter = model.peft_config["default"]
+    usual = {f.name: plain(f.default) for f in fields(args) if not f.name.startswith(MACHINE)}
+    training = {key: plain(getattr(args, key)) for key in usual}
+    training = {key: value for key, value in training.items() if value != usual[key] and value not in ({}, [])}
+    lora = {key: value for key, value in adapter.to_dict().items() if key not in PLACE}
+    lora = {key: value for key, value in lora.items() if value != getattr(type(adapter)(), key, None)}
+    return plain(
+        {
+            "base_model": base_name(model),
+            "base": base_commit(model) or fingerprint(base_name(model)),
+            "pad_token": recipe.pad_token,
+            "quantization": _quantization(model),
+            "lora": {**lora, "r": adapter.r, "lora_alpha": adapter.lora_alpha},
+            "training": {**training, "rows_per_step": rows_per_step(trainer), "seed": args.seed},
+            "early_stopping_patience": patience(trainer),
+            "prompt": recipe.prompt.model_dump(),
+            "rows": _digest(trainer.train_dataset, trainer.eval_dataset),
+        }
+    )
+
+
+def of_evaluation(run, split: str, rows, generation, seed: int) -> dict:
+    """What the answers of an evaluation depend on: the run, the prompts, the references' ids and the decoding."""
+    prompts = hashlib.sha256("\n".join(map(str, rows["prompt_ids"])).encode()).hexdigest()
+    decoding = {k: v for k, v in plain(generation.to_dict()).items() if v is not None and v != GREEDY.get(k)}
+    decoding = {k: v for k, v in decoding.items() if not k.endswith("token_id") and k != "transformers_version"}
+    drawn = {"seed": seed} if generation.do_sample else {}
+    return plain(
+        {"run": run.name, "split": split, "rows": len(rows), "prompts": prompts, "generation": decoding, **drawn}
+    )
+
+
+def as_trained(recipe, trainer):
+    """The recipe with the values of the objects that train, which a cell may have changed."""
+    model, args, rows = trainer.model, trainer.args, rows_per_step(trainer)
+    adapter, quantized = model.peft_config["default"], _quantization(model)
+    changed = recipe.model_dump()
+    changed["seed"], changed["base_model"] = args.seed, base_name(model)
+    changed["lora"] = {key: plain(getattr(adapter, key)) for key in changed["lora"]}
+    changed["quantization"] |= {"load_in_4bit": quantized is not None} | (quantized or {})
+    training = changed["training"]
+    training |= {key: plain(getattr(args, key)) for key in training if hasattr(args, key)}
+    training["eval_steps"] = int(args.eval_steps) if args.eval_strategy == "steps" else None
+    training["early_stopping_patience"] = patience(trainer)
+    same = rows == recipe.rows_per_step
+    training["per_device_train_batch_size"] = recipe.training.per_device_train_batch_size if same else rows
+    training["gradient_accumulation_steps"] = recipe.training.gradient_accumulation_steps if same else 1
+    for key, field in recipes.Training.model_fields.items():
+        if field.annotation is float or "float" in str(field.annotation):
+            training[key] = float(training[key])
+    return recipes.build(changed)
+
+
+def rows_per_step(trainer) -> int:
+    """Rows of an optimizer step. The engine's trainer, which regroups passes, says so itself."""
+    args = trainer.args
+    return getattr(trainer, "rows_per_step", args.per_device_train_batch_size * args.gradient_accumulation_steps)
+
+
+def patience(trainer) -> int | None:
+    """Evaluations without a better loss after which training stops; None for never."""
+    waits = [getattr(callback, "early_stopping_patience", None) for callback in trainer.callback_handler.callbacks]
+    return next((n for n in waits if n), None)
+
+
+def usual_dtype(device):
+    """The dtype that a device computes best in: bfloat16 from compute capability 8.0, float16 below, float32 on a CPU."""
+    import torch
+
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+
+
+def _quantization(model) -> dict | None:
+    """How the base model was quantised; the compute dtype only where it is not the device's usual one."""
+    config = getattr(model.config, "quantization_config", None)
+    if config is None:
+        return None
+    values = config if isinstance(config, dict) else config.to_dict()
+    keys = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
+    found = {key: values[key] for key in keys if key != "load_in_8bit" or values[key]}
+    dtype = plain(values["bnb_4bit_compute_dtype"])
+    return found if dtype == plain(usual_dtype(model.device)) else found | {"bnb_4bit_compute_dtype": dtype}
+
+
+def _digest(train, validation) -> dict:
+    """Counts of the rows; sha256 of all their tokens and labels, of the training rows' ids, and of the first row alone."""
+    found = hashlib.sha256()
+    for rows in (train, validation):
+        for tokens, labels in zip(rows["input_ids"], rows["labels"], strict=True):
+            found.update(f"{tokens}{labels}\n".encode())
+    first = ids([train[0]["input_ids"], train[0]["labels"]])
+    counts = {"train": len(train), "validation": len(validation)}
+    return counts | {"sha256": found.hexdigest(), "ids": ids(train["id"]), "first": first}
+
+
+def ids(values) -> str:
+    """sha256 of ids (of rows or tokens), in order."""
+    return hashlib.sha256(json.dumps(list(values)).encode()).hexdigest()
+
+
+def base_name(model) -> str:
+    """The base model as a recipe names it: a hub id, or a folder relative to the repository."""
+    where = model.config._name_or_path
+    return files.relative(Path(where)) if Path(where).is_dir() else where
+
+
+def base_commit(model) -> str | None:
+    """The hub commit that a base model came from; None for a folder."""
+    return getattr(model.config, "_commit_hash", None)
+
+
+def fingerprint(base_model: str) -> dict[str, str]:
+    """sha256 of a local base model's weight files; empty for a hub model, whose commit is recorded instead."""
+    folder = runs.ROOT / base_model
+    return {file.name: files.sha256_file(file) for file in sorted(folder.glob("*.safetensors"))}
+
+
+def plain(value):
+    """The value in JSON's types: sets sorted, enums and dtypes as text, 50.0 as 50."""
+    if isinstance(value, dict):
+        return {str(key): plain(part) for key, part in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(plain(part) for part in value)
+    if isinstance(value, list | tuple):
+        return [plain(part) for part in value]
+    value = getattr(value, "value", value)
+    if value is None or isinstance(value, bool | str | int):
+        return value
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else value
+    return str(value).removeprefix("torch.")

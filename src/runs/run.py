@@ -1,0 +1,233 @@
+"""A trained run in outputs/<recipe>-<8 hex>: opened, locked, continued, saved, checked and found again."""
+
+import datetime
+import json
+import os
+import shutil
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from src import recipes, runs
+from src.runs import identity
+from src.runs.files import read_json, read_jsonl, relative, sha256_file, write_atomic, write_json, write_jsonl
+from src.runs.measured import measured
+
+
+@dataclass(frozen=True)
+class Run:
+    """One trained run, or one that is being trained. `made_by` names its notebook in errors."""
+
+    name: str
+
+    @property
+    def folder(self) -> Path:
+        return runs.ROOT / "outputs" / self.name
+
+    @property
+    def adapter(self) -> Path:
+        return self.folder / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / "manifest.json").is_file()
+
+    @property
+    def opened(self) -> str:
+        """When 02 opened the run last, or finished it, as ISO text."""
+        path = self.folder / ".opened"
+        return path.read_text(encoding="utf-8") if path.is_file() else self.manifest["finished"]
+
+    @property
+    def config(self) -> dict:
+        return read_json(self.folder / "config.json", "02_train_qlora")
+
+    @property
+    def manifest(self) -> dict:
+        return read_json(self.folder / "manifest.json", "02_train_qlora")
+
+    @property
+    def log(self) -> list[dict]:
+        """The rows of train_log.jsonl: losses, evaluations and samples, by step."""
+        return read_jsonl(self.folder / "train_log.jsonl", "02_train_qlora")
+
+    def recipe(self, overrides: dict | None = None) -> recipes.Recipe:
+        """The recipe as it was trained, with other evaluation, generation, engine or device settings.
+
+        Raises runs.RunError for an override of anything else that differs from what was trained.
+        """
+        config, overrides = self.config, overrides or {}
+        recipe = recipes.build(config["recipe"], overrides)
+        for key, trained in recipe._overridden.items():
+            if not key.startswith(("evaluation.", "generation.", "engine.")) and key != "device":
+                raise runs.RunError(
+                    f"{key} is {trained!r} in run {self.name} and {overrides[key]!r} in OVERRIDES. To score a run with "
+                    "that value, train it with 02 first; to score this run, leave the field out."
+                )
+        return recipe
+
+    def checkpoint(self) -> str | None:
+        """The newest checkpoint that was written whole, or None. Later ones, which a kill cut short, are deleted."""
+        found = sorted(self.checkpoints.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2]))
+        for folder in found:
+            try:  # the Trainer writes this file last
+                json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                shutil.rmtree(folder)
+            else:
+                return str(folder)
+        return None
+
+    def check_adapter(self) -> Path:
+        """The adapter's folder, after its files were compared with the checksums of the manifest."""
+        for file, expected in self.manifest["sha256"].items():
+            path = self.adapter / file
+            found = sha256_file(path) if path.is_file() else "no file"
+            if found != expected:
+                raise runs.RunError(
+                    f"{relative(path)} is not the file that was trained: found {found}, expected sha256 {expected}. Put the "
+                    f"file back, or delete {relative(self.folder)} and run 02 again."
+                )
+        return self.adapter
+
+    def check_trainer(self, trainer):
+        """Raise RunError unless the objects of this trainer are the ones that the run is named after."""
+        recipe = self.recipe()
+        name = identity.name(recipe.name, identity.of_run(trainer, recipe))
+        if name != self.name:
+            raise runs.RunError(
+                f"This trainer makes {name}, not {self.name}: run the cell with `runs.open` again, then this."
+            )
+
+    def load_adapter(self, trainer):
+        """Load the finished run's weights into the trainer's model."""
+        from peft import set_peft_model_state_dict
+        from safetensors.torch import load_file
+
+        self.check_trainer(trainer)
+        set_peft_model_state_dict(trainer.model, load_file(self.check_adapter() / "adapter_model.safetensors"))
+
+    def save(self, trainer, tokenizer, data: dict | None = None) -> dict:
+        """Write the trained adapter, its tokenizer and prompt template, the log and, last, manifest.json; return it.
+
+        `data`: sha256 of the processed files by split. Releases the run's lock.
+        """
+        self.check_trainer(trainer)
+        model = trainer.model
+        settings = model.peft_config[
+            "default"
+        ]  # where others find the base model: an id, or a folder of this repository
+        settings.base_model_name_or_path, settings.revision = identity.base_name(model), identity.base_commit(model)
+        temporary = self.folder / ".adapter.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        write_json(temporary / "prompt_template.json", self.config["prompt_template"])
+        shutil.rmtree(self.adapter, ignore_errors=True)
+        temporary.rename(self.adapter)
+        write_jsonl(self.folder / "train_log.jsonl", trainer.state.log_history)
+        sums = {f.name: sha256_file(f) for f in sorted(self.adapter.iterdir()) if f.suffix != ".md"}
+        manifest = {"run": self.name, **measured(trainer), "data": data or {}, "sha256": sums}
+        write_json(self.folder / "manifest.json", manifest)
+        if not self.recipe().training.keep_checkpoints:
+            shutil.rmtree(self.checkpoints, ignore_errors=True)
+        self.unlock()
+        return manifest
+
+    def _lock(self):
+        from filelock import FileLock
+
+        return FileLock(self.folder / ".lock", timeout=0, is_singleton=True)
+
+    def unlock(self):
+        """Let other processes open the run."""
+        self._lock().release(force=True)
+
+    def lock(self):
+        """Take the run's folder for this process. Raises runs.RunError when another process has it."""
+        from filelock import Timeout
+
+        holder = self.folder / ".lock.json"
+        try:
+            if not self._lock().is_locked:
+                self._lock().acquire()
+        except Timeout:
+            who = json.loads(holder.read_text(encoding="utf-8")) if holder.is_file() else {}
+            raise runs.RunError(
+                f"{relative(self.folder)} is being trained by process {who.get('process', '?')} on {who.get('host', '?')} "
+                f"since {who.get('since', '?')}: wait for it, or stop it. Then run this cell again."
+            ) from None
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        write_json(holder, {"process": os.getpid(), "host": socket.gethostname(), "since": now})
+
+
+def open(recipe, trainer, prompt_template: dict) -> Run:
+    """The run that these objects are, in its own folder: the same values find the same run, others start a new one.
+
+    `trainer`: a transformers Trainer over a PeftModel; its checkpoints go to the run's folder from here on. The folder is
+    locked until `save`. Raises runs.RunError when another process trains this run, or a finished run has lost a file.
+    """
+    kind = str(trainer.model.peft_config["default"].init_lora_weights).lower()
+    if kind.startswith(("pissa", "olora", "corda", "loftq")):
+        raise runs.RunError(
+            f"init_lora_weights is {kind!r}, which changes the base weights, and a run keeps the adapter alone: expected "
+            "True or 'gaussian'."
+        )
+    values = identity.of_run(trainer, recipe)
+    run = Run(identity.name(recipe.name, values))
+    run.folder.mkdir(parents=True, exist_ok=True)
+    trainer.args.output_dir = str(run.checkpoints)
+    if not run.finished:
+        run.lock()
+    write_atomic(
+        run.folder / ".opened", datetime.datetime.now(datetime.UTC).isoformat()
+    )  # "latest" is the one opened last
+    if run.finished:
+        run.check_adapter()
+        run.unlock()
+        return run
+    config = {
+        "run": run.name,
+        "recipe": identity.as_trained(recipe, trainer).model_dump(),
+        "identity": values,
+        "prompt_template": prompt_template,
+    }
+    write_json(run.folder / "config.json", config)
+    return run
+
+
+def finished(recipe_name: str | None = None) -> list[Run]:
+    """The finished runs under outputs/, of one recipe or of all, the newest last."""
+    found = [Run(path.parent.name) for path in (runs.ROOT / "outputs").glob("*/manifest.json")]
+    found = [run for run in found if (run.folder / "config.json").is_file()]
+    chosen = [run for run in found if recipe_name in (None, run.config["recipe"]["name"])]
+    return sorted(chosen, key=lambda run: (run.opened, run.name))
+
+
+def find(recipe_name: str, run: str = "latest", overrides: dict | None = None) -> Run:
+    """The run of that name; "latest": the newest finished run of the recipe whose trained values agree with `overrides`."""
+    known = finished(recipe_name if run == "latest" else None)
+    if run == "latest":
+        known = [candidate for candidate in known if _agrees(candidate, overrides or {})]
+        wanted = f"of recipe {recipe_name!r}" + (f" with {overrides}" if overrides else "")
+    else:
+        wanted = f"named {run!r}"
+        known = [candidate for candidate in known if candidate.name == run]
+    if known:
+        return known[-1]
+    others = ", ".join(candidate.name for candidate in finished()) or "none"
+    raise runs.RunError(
+        f"No finished run {wanted} under outputs/: run notebooks/02_train_qlora.ipynb first. Found: {others}."
+    )
+
+
+def _agrees(run: Run, overrides: dict) -> bool:
+    try:
+        run.recipe(overrides)
+    except runs.RunError:
+        return False
+    return True

@@ -1,0 +1,110 @@
+"""Systems without a model by hand, and the published files' known scores."""
+
+import time
+
+import pytest
+
+from src import data, recipes, scoring
+from src.analysis import baselines
+from tests.test_data import needs_mts, needs_samsum
+
+RECORD = {
+    "id": "1",
+    "section": "ALLERGY",
+    "dialogue": "A: one\nB: two three four\nA: five six\nB: seven eight nine ten\nA: x",
+    "summary": "",
+}
+TRAIN = [{"section": "ALLERGY", "summary": s, "dialogue": "z"} for s in ("None.", "None.", "Sulfa.")] + [
+    {"section": "CC", "summary": "Cough.", "dialogue": "B: seven eight nine ten"}
+]
+
+
+def test_leads_and_stock_answers_by_hand():
+    assert baselines.whole_dialogue(RECORD) == RECORD["dialogue"]
+    assert baselines.lead3(RECORD) == "A: one\nB: two three four\nA: five six"
+    assert baselines.longest3(RECORD) == "B: two three four\nA: five six\nB: seven eight nine ten"
+    assert baselines.stock_answers([RECORD, {**RECORD, "section": "NEW"}], TRAIN) == ["None.", "None."]
+
+
+def test_the_nearest_summary_is_of_the_own_section_where_training_has_it():
+    assert baselines.nearest_summaries([{**RECORD, "section": ""}], TRAIN) == ["Cough."]
+    assert baselines.nearest_summaries([{**RECORD, "section": "CC"}], TRAIN) == ["Cough."]
+    assert baselines.nearest_summaries([RECORD], TRAIN) == ["None."]  # nothing in common: the first of its section
+    # rare words weigh more: "a" is in every dialogue (weight ln 1 = 0), "b" in one of three (ln 3)
+    train = [{"section": "", "summary": s, "dialogue": d} for s, d in (("1", "a a c"), ("2", "a b"), ("3", "a"))]
+    assert baselines.nearest_summaries([{**RECORD, "section": "", "dialogue": "a a a b"}], train) == ["2"]
+
+
+def test_systems_without_a_model_have_a_summary_for_every_record():
+    systems = baselines.without_model([RECORD, {**RECORD, "id": "2", "section": ""}], TRAIN)
+    assert list(systems) == [
+        "whole dialogue", "LEAD-3", "LONGEST-3", "nearest training summary", "stock answer of the section",
+    ]  # fmt: skip
+    assert all(len(summaries) == 2 for summaries in systems.values())
+    assert "stock answer of the section" not in baselines.without_model([{**RECORD, "section": ""}], TRAIN)
+
+
+def test_human_pairs_need_two_different_summaries():
+    rows = [{"dialogue": d, "summary": s} for d, s in (("x", "1"), ("X!", "2"), ("x", "3"), ("y", "4"), ("y", "4"))]
+    assert baselines.human_pairs(rows) == [("2", "1")]
+
+
+def test_others_are_scored_on_their_own_rows():
+    others = {"a person": ("all", ["s 1", "x"], ["s 1", "y"])}
+    found = baselines.score_others(others, seed=0)["a person"]
+    assert (found["split"], found["n"]) == ("all", 2)
+    assert found["all"]["ROUGE-1"] == {"value": 0.5, "low": None, "high": None}
+    assert baselines.other_systems(recipes.load("demo")) == {}
+
+
+@needs_mts
+def test_published_mts_dialog_figures():
+    recipe = recipes.load("mts_dialog", {"evaluation.split": "validation"})
+    data.prepare(recipe, progress=False)
+    records = data.evaluation_rows(recipe)
+    references = [record["summary"] for record in records]
+    columns = ["ROUGE-1", "ROUGE-2", "ROUGE-L"]
+    whole = scoring.corpus(scoring.score_rows([baselines.whole_dialogue(r) for r in records], references))
+    assert [round(whole[c], 3) for c in columns] == [0.209, 0.068, 0.152]
+    longest = scoring.corpus(scoring.score_rows([baselines.longest3(r) for r in records], references))
+    assert [round(100 * longest[c], 1) for c in columns] == [21.1, 7.0, 15.7]
+    nearest = scoring.corpus(
+        scoring.score_rows(baselines.nearest_summaries(records, data.train_rows(recipe)), references)
+    )
+    assert [round(nearest[c], 4) for c in ("ROUGE-1", "ROUGE-L")] == [0.2368, 0.1930]  # review/numbers.md
+    systems = baselines.other_systems(recipe, progress=False)
+    assert [(split, len(p), len(r)) for split, p, r in systems.values()] == [("validation", 100, 100)] * 4
+    scores = [scoring.corpus(scoring.score_rows(p, r)) for _, p, r in systems.values()]
+    assert [round(s["ROUGE-1"], 4) for s in scores] == [0.2948, 0.3838, 0.4021, 0.4088]
+    assert [100 * s["ROUGE-2"] for s in scores] == pytest.approx([11.6, 17.2, 16.9, 16.6], abs=0.06)
+    assert [round(100 * s["ROUGE-L"], 1) for s in scores] == [26.0, 31.2, 33.7, 33.9]
+
+
+@needs_samsum
+def test_published_samsum_figures():
+    recipe = recipes.load("samsum")
+    data.prepare(recipe, progress=False)
+    records = data.evaluation_rows(recipe)
+    references = [record["summary"] for record in records]
+    columns = ["ROUGE-1 stemmed", "ROUGE-2 stemmed", "ROUGE-L stemmed", "ROUGE-Lsum stemmed"]
+    lead = scoring.corpus(scoring.score_rows([baselines.lead3(r) for r in records], references))
+    assert [round(100 * lead[c], 1) for c in columns] == [31.3, 8.7, 24.2, 29.4]
+    longest = scoring.corpus(scoring.score_rows([baselines.longest3(r) for r in records], references))
+    assert [round(100 * longest[c], 1) for c in columns[:3]] == [31.9, 10.2, 24.2]
+    split, one, another = baselines.other_systems(recipe)["one human against another"]
+    human = scoring.corpus(scoring.score_rows(one, another))
+    assert split == "all"
+    assert len(one) == 563  # dialogues with two different summaries; one more occurs twice with the same
+    assert [100 * human[c] for c in columns[:3]] == pytest.approx([50.4, 24.0, 40.6], abs=0.15)
+
+
+@needs_samsum
+def test_scoring_every_system_on_samsum_takes_seconds():
+    recipe = recipes.load("samsum")
+    data.prepare(recipe, progress=False)
+    records, train = data.evaluation_rows(recipe), data.train_rows(recipe)
+    systems = baselines.without_model(records, train)
+    start = time.perf_counter()
+    scores = scoring.evaluate(records, systems, set(), seed=0)
+    print(f"{len(systems)} systems, {len(records)} rows: {time.perf_counter() - start:.1f} s")
+    assert scores["n"] == 819 and len(scores["systems"]) == 4

@@ -1,0 +1,64 @@
+"""Figures show the metrics file's numbers and name their run, split and n."""
+
+import numpy as np
+from matplotlib.colors import to_hex
+
+from src.analysis import figures
+
+
+def texts(axis):
+    return [text.get_text() for text in axis.texts]
+
+
+def test_the_loss_curve_holds_the_logs_points_and_marks_the_kept_step(make_run):
+    run = make_run()
+    fig = figures.loss_curve(run.log, run.manifest)
+    lines = {line.get_label(): line.get_xydata().tolist() for line in fig.axes[0].lines}
+    assert lines == {
+        "training (mean since the last log)": [[10, 2.0], [20, 1.0]],
+        "validation": [[10, 1.5], [20, 1.25]],
+        "kept": [[20, 1.25]],
+    }
+    assert fig.get_suptitle() == "demo-00000001, 64 training and 8 validation rows"
+    without = figures.loss_curve([row for row in run.log if "loss" in row], run.manifest)
+    assert len(without.axes[0].lines) == 1  # stopped before the first evaluation
+
+
+def test_score_distributions_count_every_row_in_its_bin(metrics):
+    fig = figures.score_distributions(metrics)
+    (axis,) = fig.axes
+    counts = {patch.get_label(): patch.get_xy() for patch in axis.patches}
+    assert set(counts) == {"base", "fine-tuned"}
+    for label, values in (("base", [0.0, 0.5, 0.25]), ("fine-tuned", [1.0, 0.0, 0.75])):
+        outline = counts[label]
+        for value in values:  # 1.0 is in the last of 20 bins
+            left = min(int(value * 20), 19) / 20
+            inside = outline[np.isclose(outline[:, 0], left) | np.isclose(outline[:, 0], left + 0.05)]
+            assert inside[:, 1].max() == 1
+    assert fig.get_suptitle() == "demo-00000001, test, n=3" and axis.get_xlabel() and axis.get_ylabel()
+
+
+def test_lengths_beyond_the_plot_are_triangles_and_say_so(make_run, make_evaluation):
+    evaluation = make_evaluation(make_run())
+    fig = figures.length_plot(evaluation.metrics, evaluation.predictions)
+    base, tuned = fig.axes
+    # references have 3, 3 and 6 words: the axis ends at 11, summaries above 22 words are triangles
+    points, triangles = (collection.get_offsets().tolist() for collection in base.collections)
+    assert points == [[3, 3], [3, 1]] and triangles == [[6, 22]]
+    assert "22+ (1 rows)" in texts(base) and "equal length" in texts(base)
+    assert [collection.get_offsets().tolist() for collection in tuned.collections] == [[[3, 3], [3, 0], [6, 4]]]
+    assert texts(tuned) == ["equal length"]
+    assert (base.get_title(), tuned.get_title()) == ("base", "fine-tuned")
+    assert fig.get_suptitle() == "demo-00000001, test, n=3"
+
+
+def test_figures_are_files_dark_on_white_in_any_style(tmp_path, metrics):
+    import matplotlib.pyplot as plt
+
+    with plt.style.context("dark_background"):
+        fig = figures.score_distributions(metrics)
+        path = figures.save(tmp_path / "comparison", "scores", fig)
+    assert path.read_bytes()[:4] == b"\x89PNG" and [p.name for p in path.parent.iterdir()] == ["scores.png"]
+    corner, label = plt.imread(path)[0, 0], fig.axes[0].xaxis.label
+    assert corner.tolist() == [1, 1, 1, 1] and to_hex(label.get_color()) == "#000000"
+    assert len(set(figures.COLORS.values())) == 3
