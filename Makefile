@@ -3,7 +3,6 @@ EXPERIMENT ?= demo
 OVERRIDES ?= {}
 PYTHON ?= python3
 BIN := .venv/bin
-DEMO = outputs/$(shell $(BIN)/python -c 'from src.experiments import load_experiment; print(load_experiment("demo").run_id)')
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -11,8 +10,11 @@ help:  ## list the targets
 demo: .venv/installed  ## the whole chain on the embedded data and model: CPU, minutes, no network after the install
 	$(BIN)/python -m src.run demo
 
-run: .venv/installed  ## any experiment headless: make run EXPERIMENT=samsum OVERRIDES='{"lora.rank": 8}'
+run: .venv/installed  ## any recipe headless: make run EXPERIMENT=samsum OVERRIDES='{"lora.r": 8}'
 	$(BIN)/python -m src.run '$(EXPERIMENT)' '$(OVERRIDES)'
+
+lab: .venv/installed  ## open the notebooks in JupyterLab
+	$(BIN)/jupyter lab notebooks
 
 test: .venv/installed  ## all tests
 	$(BIN)/python -m pytest
@@ -21,11 +23,12 @@ check: .venv/installed  ## lint and formatting, notebooks included
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-notebooks: .venv/installed  ## run all notebooks in place on the demo, as they are committed
-	rm -rf $(DEMO) outputs/published-*
-	$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
-	rm -rf outputs/demo && mkdir outputs/demo
-	cp $(DEMO)/comparison/*.csv $(DEMO)/comparison/*.png $(DEMO)/comparison/side_by_side.html outputs/demo/
+notebooks: .venv/installed  ## run all notebooks in a copy of this folder, then take them over as they are committed
+	rm -rf .build && mkdir -p .build/outputs && cp -r src notebooks data .build/
+	cd .build && ../$(BIN)/jupyter nbconvert --to notebook --execute --inplace \
+		--ExecutePreprocessor.record_timing=False notebooks/*.ipynb
+	cp .build/notebooks/*.ipynb notebooks/ && cp .build/outputs/published_recipes/* outputs/published_recipes/
+	rm -rf outputs/demo && cp -r .build/outputs/demo-*/evaluations/*/comparison outputs/demo && rm -rf .build
 
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}: make PYTHON=python3.12 demo")'
@@ -33,4 +36,4 @@ notebooks: .venv/installed  ## run all notebooks in place on the demo, as they a
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-.PHONY: help demo run test check notebooks
+.PHONY: help demo run lab test check notebooks

@@ -4,10 +4,10 @@
     python benchmarks/speed.py rows ROWS.json
     python benchmarks/peers.py SETUP FOLDER ROWS.json      prints one JSON line; a process for each setup
 
-SETUP: recipe1 | recipe2 | hf_padded | unsloth_padded | unsloth_packed_8k | unsloth_packed_16k | unsloth_packed_16k_checkpointed
-Needs a CUDA GPU with 80 GB or more for the largest; the unsloth setups also unsloth, unsloth_zoo, trl <= 1.15, datasets < 5 and
-transformers 5.17, so give them an environment of their own. tok_s counts real (not padding) prompt and summary tokens a second
-after 5 warm-up steps; peak_gib is allocated memory.
+SETUP: recipe1 | recipe2 | hf_padded | unsloth_padded | unsloth_packed_8k | unsloth_packed_16k |
+unsloth_packed_16k_checkpointed. Needs a CUDA GPU with 80 GB or more for the largest; the unsloth setups also unsloth,
+unsloth_zoo, trl <= 1.15, datasets < 5 and transformers 5.17, so give them their own environment. tok_s counts real
+(not padding) prompt and summary tokens a second after 5 warm-up steps; peak_gib is allocated memory.
 """
 
 import json

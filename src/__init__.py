@@ -1,1 +1,1 @@
-"""Helpers behind the notebooks: `from src import data, prompts, scoring`. Importing it loads nothing and prints nothing."""
+"""Helpers behind the notebooks: `from src import data, prompts, scoring`. Importing src loads and prints nothing."""

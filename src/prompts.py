@@ -1,7 +1,7 @@
-"""The only place where prompt text exists: a record becomes prompt ids and answer ids, for training, generation and display alike.
+"""The only place where prompt text exists: a record becomes prompt and answer ids, to train, answer and show.
 
 Plain style (base models):  <s>{instruction}\\n{dialogue}\\n{cue} {summary}</s>
-Chat style (instruct models): the tokenizer's own chat template, the instruction, an empty line and the dialogue as the user's turn.
+Chat style (instruct models): the tokenizer's own chat template; the user's turn is instruction, empty line, dialogue.
 The text of a dialogue or an example is never parsed for special tokens, so a patient who says "</s>" stays a patient.
 """
 
@@ -21,7 +21,7 @@ class PromptError(ValueError):
 
 @dataclass(frozen=True)
 class Encoded:
-    """One row as token ids. `answer_ids` ends in EOS; `prompt_ids` starts with the only BOS (where the tokenizer has one)."""
+    """One row as token ids: `prompt_ids` starts with the only BOS (where there is one), `answer_ids` ends in EOS."""
 
     id: str
     prompt_ids: list[int]
@@ -43,23 +43,23 @@ class Encoded:
 def build(record: dict, tokenizer, config, shots=()) -> Encoded:
     """Tokenise one record under a recipe's prompt settings (`recipe.prompt`).
 
-    `shots`: records shown, with their summaries, before the dialogue. A prompt over config.max_tokens loses the end of its
-    dialogue and nothing else; the answer is never cut. Raises PromptError when even an empty dialogue does not fit.
+    `shots`: records shown, with their summaries, before the dialogue. A prompt over config.max_tokens loses the end of
+    its dialogue and nothing else; the answer is never cut. Raises PromptError when even an empty dialogue does not fit.
     """
     dialogue = record["dialogue"]
     pieces = _pieces(record, dialogue, tokenizer, config, shots)
     full = prompt_ids = _encode(pieces, tokenizer)
     if len(full) > config.max_tokens:
-        offsets = tokenizer(dialogue, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)[
-            "offset_mapping"
-        ]
+        alone = tokenizer(dialogue, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
+        offsets = alone["offset_mapping"]
         keep = len(offsets)
         while len(prompt_ids) > config.max_tokens:
             keep -= len(prompt_ids) - config.max_tokens
             if keep <= 0:
                 raise PromptError(
-                    f"Row {record['id']!r}: the prompt without its dialogue has about {len(full) - len(offsets)} tokens, and prompt.max_tokens "
-                    f"is {config.max_tokens}. Raise prompt.max_tokens, or lower prompt.few_shot ({config.few_shot})."
+                    f"Row {record['id']!r}: the prompt without its dialogue has about {len(full) - len(offsets)} "
+                    f"tokens, and prompt.max_tokens is {config.max_tokens}. Raise prompt.max_tokens, or lower "
+                    f"prompt.few_shot ({config.few_shot})."
                 )
             pieces = _pieces(record, dialogue[: offsets[keep][0]].rstrip(), tokenizer, config, shots)
             prompt_ids = _encode(pieces, tokenizer)
@@ -77,7 +77,8 @@ def build(record: dict, tokenizer, config, shots=()) -> Encoded:
 def build_all(records, tokenizer, config, shots=()) -> Dataset:
     """`build` for every record, then `check`: a dataset with the columns of `dataset`.
 
-    `shots`: the training records, whose first ones are shown where config.few_shot asks for examples. A record is never its own.
+    `shots`: the training records. The first ones are shown where config.few_shot asks for examples; a record is never
+    its own example.
     """
     first = list(itertools.islice(shots, config.few_shot + 1))
     rows = [
@@ -100,8 +101,8 @@ def dataset(rows: list[Encoded]) -> Dataset:
 def check(rows, tokenizer, config):
     """What must hold for every row, or training teaches something else; raises PromptError naming the row.
 
-    One BOS at the start, not two; prompt tokens unsupervised; the answer and its EOS supervised, in that order; neither inside a plain
-    prompt, no EOS at the end of a chat prompt (templates end turns with it, and the turn to come is the model's).
+    One BOS at the start, not two; prompt tokens unsupervised; the answer and its EOS supervised, in that order; neither
+    token inside a plain prompt; no EOS at the end of a chat prompt (it ends turns; the next one is the model's).
     """
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     for row in rows:
@@ -120,7 +121,8 @@ def check(rows, tokenizer, config):
         }
         for problem in (text for text, is_broken in broken.items() if is_broken):
             raise PromptError(
-                f"Row {row.id!r}: {problem}. The chat template or the tokenizer does not fit prompt.style {config.style!r}."
+                f"Row {row.id!r}: {problem}. The chat template or the tokenizer does not fit prompt.style "
+                f"{config.style!r}."
             )
 
 
@@ -135,15 +137,20 @@ def token_table(row: dict, tokenizer) -> list[dict]:
 def template(tokenizer, config) -> dict:
     """What is needed to write the same prompt elsewhere; saved beside the adapter.
 
-    "prompt" ends where the answer starts. It spells special tokens out, so tokenise it with add_special_tokens=False, after
-    replacing {section} and {dialogue}; "answer" is what follows in training.
+    "prompt" ends where the answer starts. It spells special tokens out: replace {section} and {dialogue}, then tokenise
+    it with add_special_tokens=False. "answer" is what follows in training, tokenised on its own in the same way.
     """
     example = {"id": "template", "section": "{section}", "dialogue": "{dialogue}", "summary": "{summary}"}
+    pieces = _pieces(example, "{dialogue}", tokenizer, config, ())
+    prompt = "".join(text for text, _ in pieces)
+    if tokenizer(prompt, add_special_tokens=False)["input_ids"] != _encode(pieces, tokenizer):
+        # This tokenizer adds a space to the start of a text, but not after a special token inside of one: spell it out.
+        prompt = re.sub(f"{_specials(tokenizer, len(tokenizer)).pattern} ?", r"\1 ", prompt)
     return {
         **config.model_dump(),
         "cue": config.cue if config.style == "plain" else None,
         "chat_template": tokenizer.chat_template if config.style == "chat" else None,
-        "prompt": "".join(text for text, _ in _pieces(example, "{dialogue}", tokenizer, config, ())),
+        "prompt": prompt,
         "answer": _lead(tokenizer, config) + "{summary}" + tokenizer.eos_token,
     }
 
@@ -160,8 +167,8 @@ def _pieces(record, dialogue, tokenizer, config, shots) -> list[tuple[str, bool]
         return pieces
     if not tokenizer.chat_template:
         raise PromptError(
-            "prompt.style is 'chat', and the tokenizer of this base model has no chat template: choose an instruct model, "
-            "or set prompt.style to 'plain'."
+            "prompt.style is 'chat', and the tokenizer of this base model has no chat template: choose an instruct "
+            "model, or set prompt.style to 'plain'."
         )
     messages, contents = [], {}
     for number, (example, text, answer) in enumerate(shown):
@@ -193,7 +200,7 @@ def _instruction(record, config) -> str:
 
 
 def _lead(tokenizer, config) -> str:
-    """The space between prompt and answer, unless the tokenizer puts it there itself (SentencePiece) or the template has none."""
+    """The space before an answer; none where the tokenizer adds it (SentencePiece) or the template has none."""
     if _adds_space(tokenizer):
         return ""
     if config.style == "plain":
@@ -217,7 +224,10 @@ def _adds_space(tokenizer) -> bool:
 
 @functools.lru_cache(maxsize=4)
 def _specials(tokenizer, size: int) -> re.Pattern:
-    """Every special token: the named ones (BOS, ...) and a chat template's control tokens. `size`: tells the cache of added tokens."""
+    """Every special token: the named ones (BOS, ...) and a chat template's control tokens.
+
+    `size`: of the tokenizer, so that tokens added later are not missed in the cache.
+    """
     names = {*tokenizer.all_special_tokens, *(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)}
     return re.compile("(" + "|".join(map(re.escape, sorted(names, key=len, reverse=True))) + ")")
 

@@ -1,4 +1,4 @@
-"""The base model in 4 bits and its tokenizer, loaded the same way on CUDA and on the CPU, and the hub's errors in plain words."""
+"""The base model in 4 bits and its tokenizer, loaded in one way on CUDA and a CPU; the hub's errors in plain words."""
 
 import logging
 import os
@@ -32,8 +32,8 @@ def resolve_device(name: str) -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.type == "cuda" and (device.index or 0) >= count:
         raise ModelError(
-            f"device is {name!r}, and this machine shows torch {count} CUDA device(s). Set device to 'auto' or 'cpu', or install "
-            f"a CUDA build of torch (this one is {torch.__version__}) and check that nvidia-smi lists the GPU."
+            f"device is {name!r}, and this machine shows torch {count} CUDA device(s). Set device to 'auto' or 'cpu', "
+            f"or install a CUDA build of torch (this is {torch.__version__}) and check that nvidia-smi lists the GPU."
         )
     if device.type == "cpu":
         return device
@@ -49,25 +49,19 @@ def compute_dtype(recipe, device: torch.device) -> torch.dtype:
 
 def optimizer(recipe, device: torch.device) -> str:
     """The recipe's optimiser; one that needs CUDA becomes plain AdamW on a CPU, and the run records which ran."""
-    name = recipe.training.optim
-    needs_cuda = any(word in name for word in ("8bit", "paged", "lion", "ademamix"))
-    return "adamw_torch" if needs_cuda and device.type != "cuda" else name
+    return identity.usable_optimizer(recipe.training.optim, device)
 
 
 def find_model(name: str) -> str:
-    """The folder of a local base model, or the hub id as it stands. Raises ModelError for a folder that is not there."""
+    """The folder of a local base model, or the hub id as it stands. Raises ModelError where there is no such folder."""
     folder = runs.ROOT / name
     if (folder / "config.json").is_file():
         return str(folder)
-    if (
-        folder.is_dir()
-        or Path(name).is_absolute()
-        or name.startswith((".", "data/", "outputs/"))
-        or name.count("/") != 1
-    ):
+    is_path = Path(name).is_absolute() or name.startswith((".", "data/", "outputs/"))
+    if folder.is_dir() or is_path or name.count("/") != 1:
         raise ModelError(
-            f"base_model is {name!r}: expected a folder with config.json and safetensors weights at that path (relative to the "
-            "repository), or a model id such as 'mistralai/Mistral-7B-v0.1'."
+            f"base_model is {name!r}: expected a folder with config.json and safetensors weights at that path "
+            "(relative to the repository), or a model id such as 'mistralai/Mistral-7B-v0.1'."
         )
     return name
 
@@ -75,8 +69,8 @@ def find_model(name: str) -> str:
 def load_tokenizer(recipe):
     """The base model's tokenizer with a pad token that is not EOS (`pad_token`: one it has, or a new [PAD]).
 
-    Nothing here reads a label from padding. But the tokenizer is saved with the adapter, and in transformers' own collator a pad
-    that is EOS hides every EOS from the loss.
+    Nothing here reads a label from padding. But the tokenizer is saved with the adapter, and in transformers' own
+    collator a pad that is EOS hides every EOS from the loss.
     """
     with hub_errors(recipe.base_model, recipe.revision, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
@@ -85,7 +79,8 @@ def load_tokenizer(recipe):
     tokenizer.model_max_length = 10**9  # prompts are cut by recipe.prompt.max_tokens, and counted
     if tokenizer.eos_token_id is None:
         raise ModelError(
-            f"The tokenizer of {recipe.base_model!r} has no EOS token, so no summary could ever end: choose another base_model."
+            f"The tokenizer of {recipe.base_model!r} has no EOS token, so no summary could ever end: choose another "
+            "base_model."
         )
     if recipe.pad_token == "add":
         tokenizer.add_special_tokens({"pad_token": "[PAD]"})
@@ -95,8 +90,8 @@ def load_tokenizer(recipe):
             tokenizer.pad_token = token
             return tokenizer
     raise ModelError(
-        f"pad_token is 'unk', and the tokenizer of {recipe.base_model!r} has no unk, pad or BOS token apart from EOS: set "
-        "pad_token to 'add'."
+        f"pad_token is 'unk', and the tokenizer of {recipe.base_model!r} has no unk, pad or BOS token apart from EOS: "
+        "set pad_token to 'add'."
     )
 
 
@@ -139,8 +134,8 @@ def prepare(model, tokenizer, seed: int):
     """
     if not model._supports_sdpa or getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
         raise ModelError(
-            f"{model.config._name_or_path} ({type(model).__name__}) has an attention of its own (sinks or soft-capped scores), "
-            "which torch's sdpa does not compute: choose another base_model."
+            f"{model.config._name_or_path} ({type(model).__name__}) has an attention of its own (sinks or soft-capped "
+            "scores), which torch's sdpa does not compute: choose another base_model."
         )
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         torch.manual_seed(seed)  # the new rows are drawn from the old rows' mean and covariance
@@ -148,8 +143,9 @@ def prepare(model, tokenizer, seed: int):
     model.config.pad_token_id = tokenizer.pad_token_id
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            # Where a CPU has AVX512-BF16, bitsandbytes repacks a layer's weights for good at its first use in eval mode:
-            # 16-bit results from then on, and no gradient through the layer, so training after a generation goes wrong.
+            # Where a CPU has AVX512-BF16, bitsandbytes repacks a layer's weights for good at its first use in eval
+            # mode: 16-bit results from then on, and no gradient through the layer, so training after a generation
+            # goes wrong.
             module.support_avx512bf16_for_cpu = False
     model.requires_grad_(False)
     return model
@@ -158,30 +154,26 @@ def prepare(model, tokenizer, seed: int):
 def load_finetuned(run, recipe, tokenizer):
     """The run's base model with its trained adapter. `with model.disable_adapter():` gives the base model.
 
-    Raises RunError when the adapter's files, the data or the base model are not those of the run.
+    Raises RunError, before weights are loaded, when the adapter's files, the data or the base model are not the run's.
     """
     adapter, values, manifest = run.check_adapter(), run.config["identity"], run.manifest
-    recipe = recipe.model_copy(update={"revision": manifest["base_commit"] or recipe.revision})
-    base = load_base(recipe, tokenizer, resolve_device(recipe.device))
-    train = data.train_rows(recipe)
+    train, processed = data.train_rows(recipe), data.fingerprint(recipe)
+    load_config(recipe)  # from here on it is in the cache, by which a hub model's commit is known
     first = prompts.build_all(train[:1], tokenizer, recipe.prompt, train)[0]
-    found = {
-        "base model": identity.base_commit(base) or identity.fingerprint(recipe.base_model),
-        "training rows": identity.ids(row["id"] for row in train),
-        "first training row": identity.ids([first["input_ids"], first["labels"]]),
-        "processed data": data.fingerprint(recipe),
+    compared = {  # what: (found, expected)
+        "processed data": (processed, manifest["data"] or processed),
+        "training rows": (identity.ids(row["id"] for row in train), values["rows"]["ids"]),
+        "prompt": (identity.ids([first["input_ids"], first["labels"]]), values["rows"]["first"]),
+        "base model": (identity.base(recipe.base_model, recipe.revision), values["base"]),
     }
-    expected = {
-        "base model": values["base"],
-        "training rows": values["rows"]["ids"],
-        "first training row": values["rows"]["first"],
-        "processed data": manifest["data"] or found["processed data"],
-    }
-    for what in (name for name in found if found[name] != expected[name]):
-        raise runs.RunError(
-            f"{run.name} was trained with another {what}: found {found[what]}, expected {expected[what]}. Put the files back and "
-            "run 01 again; rows and prompts changed by hand in 02 cannot be found again here: set them in OVERRIDES there."
-        )
+    for what, (found, expected) in compared.items():
+        if found != expected:
+            raise runs.RunError(
+                f"{run.name} was trained with another {what}: found {found}, expected {expected}. Put the files back "
+                "and run 01 again. Rows and prompts that were changed by hand in 02 cannot be found again here: set "
+                "them in OVERRIDES there."
+            )
+    base = load_base(recipe, tokenizer, resolve_device(recipe.device))
     return PeftModel.from_pretrained(base, adapter).eval()
 
 
@@ -198,9 +190,11 @@ def hub_errors(name: str, revision: str = "main", what: str = "model"):
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
+        RevisionNotFoundError,
     )
 
     offline = (
@@ -221,18 +215,18 @@ def hub_errors(name: str, revision: str = "main", what: str = "model"):
         if caused_by(GatedRepoError) or "gated repo" in str(error):
             token = "is set, so its account lacks access" if os.environ.get("HF_TOKEN") else "is not set"
             message = (
-                f"{name!r} is a gated model and the hub refused its {what}; HF_TOKEN {token}. Accept the licence on the model's "
-                "page, set HF_TOKEN to a read token, run again."
+                f"{name!r} is a gated model and the hub refused its {what}; HF_TOKEN {token}. Accept the licence on "
+                "the model's page, set HF_TOKEN to a read token, run again."
             )
-        elif caused_by(RepositoryNotFoundError) or "not a valid model identifier" in str(error):
+        elif caused_by(RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
             message = (
-                f"The hub knows no model {name!r} at revision {revision!r} (or it is private): check base_model and revision, and "
-                "HF_TOKEN if it is private."
+                f"The hub knows no model {name!r} at revision {revision!r} (or it is private): check base_model and "
+                "revision, and HF_TOKEN if it is private."
             )
         elif caused_by(LocalEntryNotFoundError, OfflineModeIsEnabled) or "couldn't connect" in str(error).lower():
             message = (
-                f"The {what} of {name!r} (revision {revision!r}) is not in the local cache and the model hub cannot be reached. "
-                "Check the network and HF_HUB_OFFLINE, run again."
+                f"The {what} of {name!r} (revision {revision!r}) is not in the local cache and the model hub cannot be "
+                "reached. Check the network and HF_HUB_OFFLINE, run again."
             )
         else:
             raise

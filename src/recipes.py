@@ -1,7 +1,7 @@
 """Recipes: every hyperparameter as a checked field, one TOML file a recipe, and overrides on top.
 
-`recipe = load("samsum", {"lora.r": 8})` reads src/recipes/samsum.toml. The fields of [quantization], [lora], [training] and
-[generation] have the names of BitsAndBytesConfig, LoraConfig, TrainingArguments and GenerationConfig.
+`load("samsum", {"lora.r": 8})` reads src/recipes/samsum.toml. The fields of [quantization], [lora], [training] and
+[generation] have the names that BitsAndBytesConfig, LoraConfig, TrainingArguments and GenerationConfig give them.
 """
 
 import difflib
@@ -9,18 +9,20 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 FOLDER = Path(__file__).parent / "recipes"
 SCHEDULERS = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
 ]  # fmt: skip
 OPTIMIZERS = Literal[
-    "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "ademamix", "ademamix_8bit",
-    "lion_32bit", "lion_8bit", "paged_lion_32bit", "paged_lion_8bit", "adafactor", "sgd", "adagrad", "rmsprop",
+    "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "ademamix", "lion_8bit",
+    "ademamix_8bit", "lion_32bit", "paged_lion_32bit", "paged_lion_8bit", "adafactor", "sgd", "adagrad", "rmsprop",
 ]  # fmt: skip
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Count = Annotated[int, Field(ge=1, le=10**9)]
 AtLeastZero = Annotated[float, Field(ge=0, le=10**9)]
+Names = Annotated[list[str], Field(min_length=1), AfterValidator(lambda names: sorted(set(names)))]
 
 
 class RecipeError(ValueError):
@@ -28,11 +30,11 @@ class RecipeError(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True)
 
 
 class Data(Section):
-    dataset: Literal["demo", "mts_dialog", "samsum", "custom"] = "demo"
+    dataset: Literal["demo", "mts_dialog", "samsum", "custom"] = "demo"  # custom: files of your own
     train_rows: Count | None = None  # use the first n training rows (after drop_leaked); None: all
     validation_rows: Count | None = None  # the first n rows for the validation loss; None: all
     drop_leaked: bool = False  # leave out training rows whose dialogue, or a near copy, is in validation or test
@@ -52,20 +54,16 @@ class Prompt(Section):
 
 class Quantization(Section):
     load_in_4bit: bool = True  # False: 16-bit weights, the "unquantised" control
-    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"  # nf4: 16 values placed for normally distributed weights
     bnb_4bit_use_double_quant: bool = True  # quantise the quantisation constants too: 0.37 bits a weight less
-    bnb_4bit_compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = (
-        "auto"  # auto: what the device does best
-    )
+    bnb_4bit_compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # auto: the device's best
 
 
 class Lora(Section):
     r: Annotated[int, Field(ge=1, le=65536)] = 16  # columns of each low-rank factor: adapter size and memory grow
     lora_alpha: Annotated[int, Field(ge=1, le=10**6)] = 32  # the update is scaled by lora_alpha / r
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05  # share of the adapter's inputs zeroed in training
-    target_modules: Annotated[list[str], Field(min_length=1)] = [
-        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
-    ]  # linear layers with an adapter; lm_head is allowed, the adapter then carries its weights  # fmt: skip
+    target_modules: Names = LINEAR  # linear layers with an adapter, in any order; lm_head is allowed
 
 
 class Training(Section):
@@ -74,7 +72,7 @@ class Training(Section):
     per_device_train_batch_size: Count = 16  # times gradient_accumulation_steps: the rows of an optimizer step;
     gradient_accumulation_steps: Count = 1  # the engine regroups them into forward passes that fit
     learning_rate: AtLeastZero = 2e-4  # the peak
-    lr_scheduler_type: SCHEDULERS = "linear"
+    lr_scheduler_type: SCHEDULERS = "linear"  # how the rate falls after the peak
     warmup_steps: AtLeastZero = 0.0  # optimizer steps; a value below 1 is a share of all steps
     weight_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decoupled (AdamW), on the adapter
     max_grad_norm: AtLeastZero = 1.0  # gradients of a step are scaled down to this 2-norm
@@ -103,9 +101,7 @@ class Evaluation(Section):
     rows: Count | None = None  # the first n rows of it; None: all
 
 
-class Engine(Section):
-    """How this machine computes, not what: these fields never change which run it is, nor the rows of a step."""
-
+class Engine(Section):  # how a machine computes: never changes which run it is, nor the rows of a step
     packing: Literal["auto", "on", "off"] = "auto"  # whole rows without padding; auto: on where varlen attention runs
     fused: Literal["auto", "off"] = "auto"  # fused LoRA layers; auto: on CUDA where they fit
     checkpointing: Literal["auto", "on", "off"] = "auto"  # of activations; auto: only if memory asks for it
@@ -116,7 +112,7 @@ class Engine(Section):
 
 
 class Recipe(Section):
-    name: str
+    name: str  # of the file in src/recipes
     base_model: Annotated[str, Field(min_length=1)] = "data/demo/base"  # a hub id, or a folder of this repository
     revision: str = "main"  # branch, tag or commit on the hub; the commit it resolved to is recorded
     pad_token: Literal["unk", "add"] = "unk"  # unk: reuse it, else the own pad token, else BOS; add: a new [PAD]
@@ -132,34 +128,22 @@ class Recipe(Section):
     engine: Engine = Engine()
     _overridden: dict = PrivateAttr(default_factory=dict)  # {key: value in the file}
 
-    @property
-    def rows_per_step(self) -> int:
-        """Rows of an optimizer step, in however many forward passes."""
-        return self.training.per_device_train_batch_size * self.training.gradient_accumulation_steps
-
     @model_validator(mode="after")
     def _check(self):
-        d, g, files = self.data, self.generation, (self.data.validation_file, self.data.test_file)
-        scored = splits(d.dataset)[1:]
+        d, g, split, scored = self.data, self.generation, self.evaluation.split, splits(self.data.dataset)[1:]
+        custom, files = d.dataset == "custom", any((d.train_file, d.validation_file, d.test_file))
+        only_sampling = not g.do_sample and (g.temperature, g.top_p) != (1, 1)
+        only_beams = g.num_beams == 1 and (g.early_stopping or g.length_penalty != 1)
+        few, most = g.min_new_tokens, g.max_new_tokens
         conflicts = {
             "training.max_steps is 0: expected -1 (by epochs) or at least 1.": self.training.max_steps == 0,
-            "generation.do_sample and generation.num_beams > 1 exclude each other: choose one.": g.do_sample
-            and g.num_beams > 1,
-            "generation.temperature and generation.top_p only act when generation.do_sample is true: set it, or leave "
-            "them at 1.": not g.do_sample and (g.temperature, g.top_p) != (1, 1),
-            "generation.early_stopping and generation.length_penalty only act with generation.num_beams > 1.": (
-                g.num_beams == 1 and (g.early_stopping or g.length_penalty != 1)
-            ),
-            f"generation.min_new_tokens ({g.min_new_tokens}) exceeds generation.max_new_tokens ({g.max_new_tokens}).": (
-                g.min_new_tokens > g.max_new_tokens
-            ),
-            "data.train_file, validation_file and test_file belong to the custom dataset; data.dataset is "
-            f"{d.dataset!r}.": d.dataset != "custom" and any((d.train_file, *files)),
-            "data.train_file is missing: expected the path of a CSV or JSONL file with the columns dialogue and "
-            "summary.": d.dataset == "custom" and not d.train_file,
-            f"evaluation.split is {self.evaluation.split!r}: {d.dataset} can be scored on {', '.join(scored)}.": (
-                self.evaluation.split not in scored
-            ),
+            "generation.do_sample and num_beams > 1 exclude each other: choose one.": g.do_sample and g.num_beams > 1,
+            "generation.temperature and top_p only act when generation.do_sample is true: set it too.": only_sampling,
+            "generation.early_stopping and length_penalty only act with num_beams > 1: set it too.": only_beams,
+            f"generation.min_new_tokens ({few}) exceeds generation.max_new_tokens ({most}).": few > most,
+            "data.train_file is missing: expected a CSV or JSONL file of your own.": custom and not d.train_file,
+            f"data.train_file and the like are for the custom dataset, not {d.dataset!r}.": files and not custom,
+            f"evaluation.split is {split!r}: {d.dataset} can be scored on {', '.join(scored)}.": split not in scored,
         }
         broken = [message for message, is_broken in conflicts.items() if is_broken]
         if broken:
@@ -167,18 +151,16 @@ class Recipe(Section):
         return self
 
     def __str__(self) -> str:
-        """The recipe as TOML, with overridden fields marked."""
-        lines, values = [], self.model_dump()
-        for key, value in values.items():
-            if isinstance(value, dict):
-                lines += ["", f"[{key}]", *(self._line(f"{key}.{name}", value[name]) for name in value)]
-            elif key != "name":
-                lines.append(self._line(key, value))
+        """The recipe in the order of its file, with overridden fields marked."""
+        lines, section = [], ""
+        for key, value in _flat(self).items():
+            text = f"{key.rpartition('.')[2]} = {value!r}"
+            if key.rpartition(".")[0] != section:
+                section = key.rpartition(".")[0]
+                lines += ["", f"[{section}]"]
+            was = f"  # overridden; {self._overridden[key]!r} in the file" if key in self._overridden else ""
+            lines.append(f"{text:<46}{was}".rstrip())
         return "\n".join(lines)
-
-    def _line(self, key: str, value) -> str:
-        text = f"{key.rpartition('.')[2]} = {value!r}"
-        return f"{text:<48}# overridden; {self._overridden[key]!r} in the file" if key in self._overridden else text
 
 
 def names() -> tuple[str, ...]:
@@ -191,61 +173,44 @@ def splits(dataset: str) -> tuple[str, ...]:
     return ("train", "validation", "test1", "test2") if dataset == "mts_dialog" else ("train", "validation", "test")
 
 
-def field_names() -> list[str]:
-    """Every key that OVERRIDES accepts, dotted: seed, lora.r, ..."""
-    keys = []
-    for name, field in Recipe.model_fields.items():
-        part = field.annotation
-        if isinstance(part, type) and issubclass(part, Section):
-            keys += [f"{name}.{sub}" for sub in part.model_fields]
-        elif name != "name":
-            keys.append(name)
-    return keys
-
-
 def load(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
     """Read src/recipes/<name>.toml and replace fields, e.g. `load("samsum", {"lora.r": 8, "seed": 1})`.
 
     Raises RecipeError for an unknown recipe or field, a wrong type or value, or fields that exclude each other.
     """
     if name not in names():
-        raise RecipeError(f"Unknown recipe {name!r}: expected one of {', '.join(names())}.{closest(name, names())}")
-    values = tomllib.loads((FOLDER / f"{name}.toml").read_text(encoding="utf-8"))
+        raise RecipeError(f"Unknown recipe {name!r}: expected one of {', '.join(names())}.{_closest(name, names())}")
+    try:
+        values = tomllib.loads((FOLDER / f"{name}.toml").read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"src/recipes/{name}.toml cannot be read as TOML: {error}.") from None
     return build({**values, "name": name}, overrides)
 
 
 def build(values: dict, overrides: dict[str, Any] | None = None) -> Recipe:
     """A recipe from a nested dictionary of fields, with dotted overrides. Raises RecipeError as `load` does."""
-    plain = _validated(values)
-    given, known = overrides or {}, field_names()
+    before, given = _validated(values), {} if overrides is None else overrides
     if not isinstance(given, dict):
         raise RecipeError(f'OVERRIDES is {given!r}: expected a dictionary such as {{"lora.r": 8}}.')
-    changed = plain.model_dump()
+    changed, known = before.model_dump(), _flat(before)
     for key, value in given.items():
         if key not in known:
-            raise RecipeError(
-                f"Unknown override {key!r} for recipe {plain.name!r}: expected a field such as 'seed' or 'lora.r'."
-                f"{closest(key, known)} src/recipes.py lists all fields with their meaning."
-            )
+            raise RecipeError(f"Unknown override {key!r}.{_closest(key, known)} src/recipes.py lists all fields.")
         section, _, field = key.rpartition(".")
         target = changed[section] if section else changed
         target[field] = list(value) if isinstance(value, tuple) else value
     recipe = _validated(changed)
-    before, after = _flat(plain), _flat(recipe)
-    recipe._overridden.update({key: before[key] for key in given if before[key] != after[key]})
+    after = _flat(recipe)
+    recipe._overridden.update({key: known[key] for key in given if known[key] != after[key]})
     return recipe
 
 
-def get(recipe: Recipe, key: str):
-    """The value of a dotted field, e.g. `get(recipe, "lora.r")`."""
-    return _flat(recipe)[key]
-
-
 def _flat(recipe: Recipe) -> dict[str, Any]:
-    values = recipe.model_dump()
-    return {
-        key: values[key] if "." not in key else values[key.split(".")[0]][key.split(".")[1]] for key in field_names()
-    }
+    """{"seed": 42, "lora.r": 8, ...}: every field that OVERRIDES accepts."""
+    values = {}
+    for key, value in recipe.model_dump(exclude={"name"}).items():
+        values |= {f"{key}.{name}": part for name, part in value.items()} if isinstance(value, dict) else {key: value}
+    return values
 
 
 def _validated(values: dict) -> Recipe:
@@ -257,17 +222,19 @@ def _validated(values: dict) -> Recipe:
 
 def _sentence(problem: dict) -> str:
     """One pydantic error as `field is value (type): what was expected`."""
-    key = ".".join(str(part) for part in problem["loc"] if isinstance(part, int) or str(part).islower())
-    found, what = problem["input"], problem["msg"].removeprefix("Value error, ")
+    key, found, what = ".".join(map(str, problem["loc"])), problem["input"], problem["msg"]
     if not key:
-        return what
+        return what.removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
-        return f"Unknown field {key!r}.{closest(key, field_names())} src/recipes.py lists all fields."
-    hint = closest(found, problem.get("ctx", {}).get("expected", "").replace("'", "").replace(" or ", ", ").split(", "))
-    return f"{key} is {found!r} ({type(found).__name__}): {what[0].lower() + what[1:]}.{hint}"
+        return f"Unknown field {key!r}.{_closest(key, _flat(Recipe(name='')))} src/recipes.py lists all fields."
+    choices = problem.get("ctx", {}).get("expected", "").replace("'", "").replace(" or ", ", ").split(", ")
+    return f"{key} is {found!r} ({type(found).__name__}): {what[0].lower() + what[1:]}.{_closest(found, choices)}"
 
 
-def closest(word, choices) -> str:
-    """` Did you mean 'x'?` for the choice that looks most like the word, or nothing."""
-    match = difflib.get_close_matches(str(word), list(choices), 1)
-    return f" Did you mean {match[0]!r}?" if match else ""
+def _closest(word, choices) -> str:
+    """` Did you mean 'lora.r'?` for the choice that holds the word (in its own section first), or looks like it."""
+    section, _, field = str(word).rpartition(".")
+    holding = [choice for choice in choices if field and field in choice.rpartition(".")[2]]
+    holding.sort(key=lambda choice: (not choice.startswith(f"{section}."), not choice.endswith(f".{field}")))
+    close = holding or difflib.get_close_matches(str(word), list(choices), 1)
+    return f" Did you mean {close[0]!r}?" if close else ""

@@ -1,4 +1,4 @@
-"""Shared fixtures: a throwaway Mistral of a few thousand parameters, the official Mistral tokenizer, a copy of the repository."""
+"""Shared fixtures: a throwaway Mistral of a few thousand parameters, the official Mistral tokenizer."""
 
 import os
 

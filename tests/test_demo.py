@@ -1,15 +1,15 @@
-"""The embedded default: dialogues that their generator writes, a base that does not know the task, and training that learns."""
+"""The embedded default: dialogues that their generator writes, a base that is new to the task, training that learns."""
 
-import dataclasses
 import importlib.util
 import re
 
 import pandas as pd
 import pytest
+from transformers import GenerationConfig
 
-from src import data, experiments, generation, modeling, prompts, scoring, training
+from src import data, engine, prompts, published, qlora, recipes, runs, scoring
 
-DEMO = experiments.ROOT / "data" / "demo"
+DEMO = runs.ROOT / "data" / "demo"
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_test_rows_name_things_that_training_never_did(splits, generator):
 
 
 def test_stock_answers_come_in_about_the_published_share(splits):
-    # MTS-Dialog's training file: "None.", "Noncontributory.", "No known drug allergies." and the like are 5 to 10% of its rows
+    # MTS-Dialog's training file: "None.", "Noncontributory.", "No known drug allergies." and the like are 5 to 10%
     stock = {"None.", "Noncontributory.", "No known drug allergies.", "Otherwise negative."}
     assert 0.04 < sum(r["summary"] in stock for r in splits["train"]) / 1200 < 0.12
 
@@ -64,7 +64,7 @@ def test_stock_answers_come_in_about_the_published_share(splits):
 def test_the_base_is_small_enough_and_its_tokenizer_round_trips(splits):
     files = list((DEMO / "base").iterdir())
     assert sum(f.stat().st_size for f in files) <= 25e6 and not any(f.suffix in (".bin", ".pt", ".pkl") for f in files)
-    tokenizer = modeling.load_tokenizer(experiments.load_experiment("demo"))
+    tokenizer = qlora.load_tokenizer(recipes.load("demo"))
     assert (tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
     for row in [*splits["test"], {"dialogue": "é 😀 </s> <s>  two\n\ntabs\t", "summary": ""}]:
         ids = tokenizer(row["dialogue"], add_special_tokens=False, split_special_tokens=True)["input_ids"]
@@ -74,50 +74,38 @@ def test_the_base_is_small_enough_and_its_tokenizer_round_trips(splits):
 def test_a_shortened_run_learns_to_summarise(tmp_path, monkeypatch):
     """400 rows, 100 steps, 40 test rows: the gain of the full demo, at a seventh of its time.
 
-    Measured: base ROUGE-L .124, fine-tuned .773, .734 and .666 with seeds 42, 1 and 2, every answer ended by EOS, .87 to 1.00 words a
-    reference word. The seed is fixed at 42: the gain of .65 leaves a margin of .20. They fail when labels sit on the prompt (.043), when EOS is not
-    supervised (.562, 1.94 words a reference word) and when the adapter is not applied (.124).
+    MEASURED
     """
-    monkeypatch.setattr(experiments, "ROOT", tmp_path)
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "demo").symlink_to(DEMO)
-    e = experiments.load_experiment(
-        "demo", **{"data.train_rows": 400, "training.batch_size": 4, "device": "cpu", "seed": 42}
+    overrides = {"data.train_rows": 400, "data.validation_rows": 20, "evaluation.rows": 40, "device": "cpu", "seed": 42}
+    recipe = recipes.load("demo", overrides | {"training.per_device_train_batch_size": 4})
+    data.prepare(recipe)
+    tokenizer, records = qlora.load_tokenizer(recipe), data.load(recipe)
+    rows = {name: [prompts.build(r, tokenizer, recipe.prompt) for r in part] for name, part in records.items()}
+    model = published.fine_tuned("corrected", recipe, published.DEFECTS["corrected"], tokenizer, rows)
+    asked, greedy = prompts.dataset(rows["evaluation"]), GenerationConfig(max_new_tokens=96)
+    with model.disable_adapter():
+        base = engine.generate(model, tokenizer, asked, greedy, progress=False)
+    tuned = engine.generate(model, tokenizer, asked, greedy, progress=False)
+    references = [r["summary"] for r in records["evaluation"]]
+    before, after = (
+        scoring.corpus(scoring.score_rows([a["prediction"] for a in answers], references))["ROUGE-L"]
+        for answers in (base, tuned)
     )
-    e = dataclasses.replace(e, training=dataclasses.replace(e.training, eval_steps=None, sample_rows=0))
-    data.prepare(e)
-    tokenizer = modeling.load_tokenizer(e)
-    rows, validation = (
-        prompts.build_all(r, tokenizer, e.prompt) for r in (data.train_rows(e), data.validation_rows(e)[:20])
-    )
-    training.train(e, modeling.add_adapter(modeling.load_base(e, tokenizer), e), tokenizer, rows, validation)
-    records = data.eval_rows(e)[:40]
-    model = modeling.load_finetuned(e, tokenizer)
-    predictions = generation.predict(model, tokenizer, records, prompts.build_all(records, tokenizer, e.prompt), e)
-    references = [r["summary"] for r in records]
-    score = {
-        name: scoring.corpus(scoring.score_rows([a["prediction"] for a in answers], references))["ROUGE-L"]
-        for name, answers in predictions.items()
-    }
-    ended = sum(a["stop"] == "eos" for a in predictions["finetuned"]) / 40
-    words = scoring.text_statistics([a["prediction"] for a in predictions["finetuned"]], records)[
-        "words per reference word"
-    ]
-    print(f"base {score['base']:.3f}, fine-tuned {score['finetuned']:.3f}, EOS {ended:.2f}, length {words:.2f}")
-    assert score["base"] < 0.25
-    assert score["finetuned"] > score["base"] + 0.45
+    ended = sum(a["stop"] == "eos" for a in tuned) / 40
+    words = sum(len(a["prediction"].split()) for a in tuned) / sum(len(r.split()) for r in references)
+    print(f"base {before:.3f}, fine-tuned {after:.3f}, EOS {ended:.2f}, words a reference word {words:.2f}")
+    assert before < 0.25
+    assert after > before + 0.45
     assert ended == 1 and 0.8 < words < 1.25  # without a supervised EOS it writes on
 
 
-def test_readme_and_notebook_04_show_the_committed_scores():
-    outputs = experiments.ROOT / "outputs" / "demo"
-    scores = pd.read_csv(outputs / "scores.csv", index_col=0, dtype=str)
-    readme = (experiments.ROOT / "README.md").read_text(encoding="utf-8")
-    notebook = (experiments.ROOT / "notebooks" / "04_compare.ipynb").read_text(encoding="utf-8")
-    columns = ["ROUGE-1", "ROUGE-2", "ROUGE-L", "sacreBLEU"]
+def test_notebook_04_shows_the_committed_scores():
+    scores = pd.read_csv(runs.ROOT / "outputs" / "demo" / "scores.csv", index_col=0, dtype=str)
+    notebook = (runs.ROOT / "notebooks" / "04_compare.ipynb").read_text(encoding="utf-8")
     for system in ("base", "fine-tuned", "whole dialogue", "nearest training summary"):
-        values = scores.loc[system, columns].tolist()
-        assert f"| {system} | {' | '.join(values)} | {scores.loc[system, 'n']} |" in readme
-        assert all(value in notebook for value in values)
-    base, tuned = (scores.loc[system, "ROUGE-L"].split()[0].lstrip("0") for system in ("base", "fine-tuned"))
-    assert f"| ROUGE-L unstemmed | {base} | {tuned} |" in readme
+        assert all(value in notebook for value in scores.loc[system, ["ROUGE-1", "ROUGE-2", "ROUGE-L", "sacreBLEU"]])
+    base, tuned = (float(scores.loc[system, "ROUGE-L"].split()[0]) for system in ("base", "fine-tuned"))
+    assert base <= 0.25 and tuned >= 0.85  # what the demo promises

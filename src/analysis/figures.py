@@ -19,7 +19,8 @@ def figure(width: float = 8, height: float = 3.2, columns: int = 1, title: str |
 
     with plt.style.context("default"):  # also where a notebook or a settings file has a dark style
         fig, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained", squeeze=False)
-    fig.suptitle(title, fontsize="medium")
+        if title:
+            fig.suptitle(title, fontsize="medium")
     for axis in axes[0]:
         axis.spines[["top", "right"]].set_visible(False)
     plt.close(fig)  # or a notebook shows it a second time
@@ -36,6 +37,8 @@ def loss_curve(log: list[dict], manifest: dict):
 
     `log`: the rows of train_log.jsonl.
     """
+    from matplotlib import ticker
+
     rows = manifest["rows"]
     fig, (axis,) = figure(title=f"{manifest['run']}, {rows['train']} training and {rows['validation']} validation rows")
     trained = [(row["step"], row["loss"]) for row in log if "loss" in row]
@@ -50,6 +53,9 @@ def loss_curve(log: list[dict], manifest: dict):
         if points:
             axis.plot(*zip(*points, strict=True), **style)
     axis.set(xlabel="optimizer step", ylabel="loss (nats a supervised token)", yscale="log")
+    axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter(ticker.NullFormatter())
     axis.legend(frameon=False)
     return fig
 
@@ -69,23 +75,23 @@ def length_plot(metrics: dict, predictions: dict[str, list[dict]]):
     """Words in each summary against words in its reference. Triangles at the top stand for longer summaries."""
     fig, axes = figure(columns=2, title=about(metrics))
     references = [len(row["reference"].split()) for row in predictions["base"]]
-    right = max(references) + 5
-    top = 2 * right
+    limit = max(references) + 5
+    top, right = 2 * limit, 1.3 * limit  # no point lies in the last quarter, where the line is named
     for axis, (name, label) in zip(axes, LABELS.items(), strict=True):
         lengths = [len(row["prediction"].split()) for row in predictions[name]]
         inside = [(x, y) for x, y in zip(references, lengths, strict=True) if y <= top]
         beyond = [x for x, y in zip(references, lengths, strict=True) if y > top]
         axis.plot([0, right], [0, right], color=COLORS["reference"], lw=1)
-        axis.annotate(
-            "equal length", (right, right), ha="right", va="bottom", color=COLORS["reference"], fontsize="small"
-        )
+        below = {"ha": "right", "va": "top", "color": COLORS["reference"], "fontsize": "small"}
+        axis.annotate("equal length", (0.99 * right, 0.74 * right), **below)
         if inside:
             axis.scatter(*zip(*inside, strict=True), s=14, alpha=0.5, color=COLORS[name])
         if beyond:
             axis.scatter(beyond, [top] * len(beyond), s=24, marker="^", alpha=0.7, color=COLORS[name])
-            note = f"{top}+ ({len(beyond)} rows)"
-            axis.annotate(note, (right, 0.93 * top), ha="right", va="top", color=COLORS[name], fontsize="small")
-        axis.set(xlabel="words in the reference", ylabel="words in the summary", title=label)
+            note = f"triangles: {top}+ ({len(beyond)} of {len(lengths)} rows)"
+            axis.set_title(note, loc="right", fontsize="small", color=COLORS[name])
+        axis.set(xlabel="words in the reference", ylabel="words in the summary")
+        axis.set_title(label, loc="left", fontsize="medium")
         axis.set(xlim=(0, right), ylim=(-0.03 * top, 1.05 * top))
     return fig
 

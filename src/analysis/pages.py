@@ -139,6 +139,7 @@ def model_card(run, evaluation) -> str:
         card_data=card_data.to_yaml(),
         run=run.name,
         recipe=recipe.model_dump(),
+        local=(runs.ROOT / recipe.base_model).is_dir(),
         manifest=run.manifest,
         source=data.source(recipe.data.dataset) if recipe.data.dataset in ("mts_dialog", "samsum") else None,
         snippet=_snippet(run, evaluation, recipe),

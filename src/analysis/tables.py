@@ -2,6 +2,7 @@
 
 import json
 import re
+from decimal import Decimal
 from pathlib import Path
 
 import pandas as pd
@@ -57,7 +58,7 @@ def published(dataset: str) -> pd.DataFrame:
     table = table[table["dataset"] == dataset].drop(columns="dataset")
     table = table.loc[:, [bool((table[column] != "").any()) for column in table]]
     scores = [column for column in table if column in scoring.COLUMNS]
-    table[scores] = table[scores].map(lambda value: f"{float(value):.3f}" if value else "")
+    table[scores] = table[scores].map(lambda value: f"{Decimal(value):.3f}" if value else "")
     return table
 
 

@@ -1,4 +1,4 @@
-"""The datasets: records.py reads and checks files, leaks.py compares dialogues, prepare.py makes data/processed and its rows.
+"""The datasets: records.py reads and checks files, leaks.py compares dialogues, prepare.py makes data/processed.
 
 A record is {"id", "section", "dialogue", "summary"}, all text; section is "" where there is none.
 """
@@ -24,6 +24,6 @@ from src.data.records import DataError, read_rows, read_table
 
 __all__ = [
     "DataError", "audit", "evaluation_rows", "fetch", "fingerprint", "key", "load", "load_split", "prepare",
-    "processed_dir", "published_file", "read_rows", "read_table", "report", "seen", "source", "source_files", "split_by_seed", "train_rows",
-    "validation_rows",
+    "processed_dir", "published_file", "read_rows", "read_table", "report", "seen", "source", "source_files",
+    "split_by_seed", "train_rows", "validation_rows",
 ]  # fmt: skip

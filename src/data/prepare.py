@@ -225,7 +225,7 @@ def evaluation_rows(recipe) -> list[dict]:
 
 
 def load(recipe):
-    """Return a datasets.DatasetDict: "train", "validation" and "evaluation", the rows of evaluation.split that 03 scores."""
+    """Return a datasets.DatasetDict: "train", "validation", and "evaluation", the rows that 03 scores."""
     from datasets import Dataset, DatasetDict
 
     parts = {"train": train_rows(recipe), "validation": validation_rows(recipe), "evaluation": evaluation_rows(recipe)}

@@ -1,10 +1,11 @@
-"""Speed. Takes objects of transformers and PEFT and plain numbers, and imports nothing else of src. README.md: its contract."""
+"""Speed. Takes objects of transformers and PEFT and plain numbers, imports nothing else of src. Contract: README.md."""
 
 from src.engine.attention import ATTENTION, has_varlen, register, rows_stay_apart
+from src.engine.callbacks import LogFile, SampleAnswers
 from src.engine.decode import generate
 from src.engine.fuse import fused
 from src.engine.planning import Plan, PlanError, plan
-from src.engine.trainer import FastTrainer, LogFile, SampleAnswers
+from src.engine.trainer import FastTrainer
 from src.engine.weights import dequantize, dequantized_fits, free_cuda
 
 __all__ = [

@@ -1,71 +1,56 @@
 """Attention over packed rows: several rows laid end to end in one sequence, none of which sees another.
 
-Where torch has variable-length flash attention (compute capability 8.0 and up) it does the work. Elsewhere packed rows go through
-sdpa with a block mask, which costs more and computes the same.
+Where there is no variable-length flash attention, sdpa with a block mask computes the same and costs more.
 """
-
-import functools
-import inspect
 
 import torch
 import torch.nn.functional as F
 from accelerate.utils import send_to_device
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 ATTENTION = "varlen"  # the name under which transformers finds `varlen_attention`; see `register`
 
 
 def has_varlen(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> bool:
-    """Whether torch's variable-length flash attention runs on this device: 16 bits, compute capability 8.0 and up."""
-    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    """Whether torch's variable-length flash attention runs here: on CUDA from compute capability 8.0, in 16 bits."""
+    fits = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+    return fits and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def varlen_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs):
-    """A transformers attention function. query (batch, heads, T, d); key and value (batch, kv heads, S, d), grouped queries allowed.
+    """A transformers attention function. query (batch, heads, T, d); key and value (batch, kv heads, S, d).
 
-    Packed rows (batch 1, with the `cu_seq_lens_q` and `_k` of `flat_rows`): variable-length flash attention, or sdpa with a
-    block mask where there is none. `seqused_k` (rows,): how many keys of each row's stretch of a cache count
-    (`decode.FlatCache`). Anything else: transformers' sdpa.
+    Packed rows have batch 1 and the arguments of `flat_rows`. `seqused_k` (rows,): how many keys of each row count, of
+    those that `decode.FlatCache` has room for. Anything else goes through transformers' sdpa.
     """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    starts, used = kwargs.get("cu_seq_lens_q"), kwargs.get("seqused_k")
-    if starts is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    starts_k = kwargs["cu_seq_lens_k"]
-    if not (query.is_cuda and has_varlen(query.device, query.dtype)):
-        mask = block_mask(starts, starts_k, used, query.shape[2], key.shape[2], sliding_window)
-        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
-    q, k, v = (x.squeeze(0).transpose(0, 1).contiguous() for x in (query, key, value))
-    longest, longest_k = kwargs["max_length_q"], kwargs["max_length_k"]
-    window = (sliding_window - 1 if sliding_window and sliding_window < longest_k else -1, 0)
-    if used is None:
-        out = _varlen_attn()(q, k, v, starts, starts_k, longest, longest_k, scale=scaling, window_size=window)
-    else:  # the operator below varlen_attn, which has no seqused_k in torch 2.11
-        if longest == 1 and window[0] == -1:
-            window = (-1, -1)  # one query sees every key, causal or not: told so, the kernel reads a group's keys once
-        out = torch.ops.aten._flash_attention_forward(
-            q, k, v, starts, starts_k, longest, longest_k, 0.0, window == (-1, 0), False,
-            scale=scaling, window_size_left=window[0], window_size_right=window[1], seqused_k=used,
+    starts, starts_k, used = (kwargs.get(name) for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seqused_k"))
+    n, n_k = query.shape[2], key.shape[2]
+    if starts is not None and has_varlen(query.device, query.dtype):
+        q, k, v = (x.squeeze(0).transpose(0, 1).contiguous() for x in (query, key, value))
+        longest, longest_k = kwargs["max_length_q"], kwargs["max_length_k"]
+        left = sliding_window - 1 if sliding_window and sliding_window < longest_k else -1
+        # One query sees every key, causal or not. Without the causal flag the kernel reads the keys of a group once.
+        right = -1 if longest == 1 and left == -1 else 0
+        out = torch.ops.aten._flash_attention_forward(  # below torch's varlen_attn, which has no seqused_k in 2.11
+            q, k, v, starts, starts_k, longest, longest_k, 0.0, (left, right) == (-1, 0), False,
+            scale=scaling, window_size_left=left, window_size_right=right, seqused_k=used,
         )[0]  # fmt: skip
-    return out.unsqueeze(0), None
-
-
-@functools.cache
-def _varlen_attn():
-    from torch.nn.attention.varlen import varlen_attn
-
-    # torch 2.11 takes grouped heads as they are, later releases want to be told
-    grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters
-    return functools.partial(varlen_attn, enable_gqa=True) if grouped else varlen_attn
+        return out.unsqueeze(0), None
+    if starts is not None:
+        attention_mask = block_mask(starts, starts_k, used, n, n_k, sliding_window)
+    elif attention_mask is None and sliding_window and n_k > sliding_window:  # `register` made no mask
+        ends = torch.tensor([[0, n], [0, n_k]], device=query.device)
+        attention_mask = block_mask(*ends, ends[1, 1:], n, n_k, sliding_window)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
 
 def block_mask(starts, starts_k, used, queries: int, keys: int, window: int | None = None) -> torch.Tensor:
-    """Return a (1, 1, queries, keys) boolean mask: causal within a row, at most `window` tokens back, nothing across rows.
+    """Return a (1, 1, queries, keys) boolean mask: causal within a row, `window` tokens back, nothing across rows.
 
-    starts, starts_k (rows + 1,): where each row's queries and keys begin. used (rows,): how many of its keys count; None: as
-    many as it has queries. A row's last query is at the position of its last key.
+    starts, starts_k (rows + 1,): where each row's queries and keys begin. used (rows,): how many of its keys count, the
+    last one at the position of its last query; None: as many as it has queries.
     """
     ends = starts[1:] - starts[:-1] if used is None else used
     i, j = torch.arange(queries, device=starts.device), torch.arange(keys, device=starts.device)
@@ -79,8 +64,6 @@ def block_mask(starts, starts_k, used, queries: int, keys: int, window: int | No
 
 def register():
     """Make attn_implementation="varlen" known to transformers. Packed rows need no mask: their starts say it all."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
 
     def mask(*args, attention_mask=None, **kwargs):
         return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
@@ -92,24 +75,16 @@ def register():
 def flat_rows(ids: list[int], lengths: list[int]) -> dict:
     """The model's inputs for rows of these lengths, laid end to end in `ids`: input_ids and position_ids (1, T)."""
     starts = F.pad(torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
+    positions = torch.cat([torch.arange(n) for n in lengths])
     return {
-        "input_ids": torch.tensor(ids)[None],
-        "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
-        "cu_seq_lens_q": starts,
-        "cu_seq_lens_k": starts,
-        "max_length_q": max(lengths),
-        "max_length_k": max(lengths),
-    }
+        "input_ids": torch.tensor([ids]), "position_ids": positions[None], "cu_seq_lens_q": starts,
+        "cu_seq_lens_k": starts, "max_length_q": max(lengths), "max_length_k": max(lengths),
+    }  # fmt: skip
 
 
 @torch.no_grad()
 def rows_stay_apart(model) -> bool:
-    """Whether a packed row gets the logits that it gets alone, whatever its neighbour. Tried on two short rows.
-
-    True of attention alone. Layers that carry a state along the sequence (Mamba, convolutions) mix packed rows: with other
-    tokens in the first row, the second row's logits are no longer the same to the last bit. Layers that number positions
-    themselves keep rows apart and still shift them, so the row alone must come out close as well.
-    """
+    """Whether a packed row gets the logits that it gets alone. Tried on two short rows."""
     training = model.training
     model.eval()
     first, other, second = [5, 6, 7, 8, 9, 10, 11], [12, 5, 9, 5, 13, 6, 14], [12, 13, 14, 15, 16]
@@ -118,9 +93,8 @@ def rows_stay_apart(model) -> bool:
         flat = flat_rows([token for row in rows for token in row], [len(row) for row in rows])
         return model(**send_to_device(flat, model.device), use_cache=False).logits[0, -len(second) :].float()
 
-    packed = logits(first, second)
+    packed, moved = logits(first, second), logits(other, second)  # by layers that carry a state along the sequence
     alone = model(input_ids=torch.tensor([second], device=model.device), use_cache=False).logits[0].float()
     close = (packed - alone).norm() <= 0.25 * alone.norm()  # 16-bit rounding moves logits by hundredths of their norm
-    apart = bool(torch.equal(packed, logits(other, second)) and close)
     model.train(training)
-    return apart
+    return bool(torch.equal(packed, moved) and close)

@@ -1,12 +1,13 @@
-"""Which rows go into a forward pass, and their tensors: packed without padding, or padded with rows of like length together.
+"""Which rows go into a forward pass, and their tensors: packed without padding, or padded to the longest one.
 
-A row is a mapping with input_ids and labels, lists of one length; labels are IGNORE where the loss does not look.
+A row is a mapping with input_ids and labels, two lists of one length. Labels are IGNORE where the loss does not look.
 """
 
 import random
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from src.engine.attention import flat_rows
 
@@ -14,18 +15,15 @@ IGNORE = -100  # the label of a token that is not supervised (PyTorch's cross_en
 
 
 class StepSampler:
-    """Row indices of every forward pass of an epoch; `passes` of them make an optimizer step of exactly `rows_per_step` rows.
+    """Row indices of every forward pass of an epoch; `passes` of them make an optimizer step of `rows_per_step` rows.
 
-    Rows are shuffled by (seed, epoch) and cut into steps, the same ones for every number of passes, packed or not: a step
-    holds what the recipe says on every machine. Within a step, rows are dealt into passes of like size (packed) or of like
-    length (padded). The last step of an epoch may hold fewer rows.
+    Rows are shuffled by (seed, epoch) and cut into steps, the same ones on every machine. The rows of a step are dealt
+    into passes of similar size (packed) or of similar length (padded). The last step of an epoch may hold fewer rows.
     """
 
     def __init__(self, lengths: list[int], rows_per_step: int, passes: int, seed: int, packed: bool):
-        self.lengths, self.rows_per_step, self.passes, self.seed, self.packed = (
-            lengths, rows_per_step, passes, seed, packed,
-        )  # fmt: skip
-        self.epoch = 0
+        self.lengths, self.rows_per_step, self.passes = lengths, rows_per_step, passes
+        self.seed, self.packed, self.epoch = seed, packed, 0
 
     def set_epoch(self, epoch: int):
         self.epoch = epoch
@@ -61,45 +59,29 @@ def runs(lengths: list[int], count: int) -> list[list[int]]:
     return [order[a:b] for a, b in zip(edges, edges[1:], strict=False)]
 
 
-def pass_tokens(lengths: list[int], packed: bool) -> int:
-    """Tokens that a forward pass over rows of these lengths computes, padding included."""
-    return sum(lengths) if packed else max(lengths) * len(lengths)
-
-
 def pad(rows, pad_id: int) -> dict:
-    """Right-padded rows: input_ids, attention_mask and labels (rows, longest row), and the entries of `_supervise`.
-
-    Padding is masked by length, not by id.
-    """
-    width = max(len(row["input_ids"]) for row in rows)
-    ids = torch.full((len(rows), width), pad_id)
-    labels = torch.full((len(rows), width), IGNORE)
-    mask = torch.zeros((len(rows), width), dtype=torch.long)
-    for i, row in enumerate(rows):
-        n = len(row["input_ids"])
-        ids[i, :n], labels[i, :n], mask[i, :n] = torch.tensor(row["input_ids"]), torch.tensor(row["labels"]), 1
-    return {"input_ids": ids, "attention_mask": mask} | _supervise(labels, rows)
+    """Right-padded rows: input_ids and attention_mask (rows, longest row), and what `_supervise` adds."""
+    ids = [torch.tensor(row["input_ids"]) for row in rows]
+    labels = [torch.tensor([IGNORE, *row["labels"][1:]]) for row in rows]  # nothing predicts a first token
+    return {
+        "input_ids": pad_sequence(ids, True, pad_id),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], True, 0),
+    } | _supervise(pad_sequence(labels, True, IGNORE), rows)
 
 
 def pack(rows) -> dict:
-    """Rows as one sequence of T tokens without padding: input_ids, position_ids and labels (1, T), and `_supervise`'s entries."""
-    labels = torch.tensor([IGNORE if i == 0 else label for row in rows for i, label in enumerate(row["labels"])])
+    """Rows as one sequence of T tokens without padding: what `flat_rows` and `_supervise` return."""
     flat = flat_rows([i for row in rows for i in row["input_ids"]], [len(row["input_ids"]) for row in rows])
-    return flat | _supervise(labels[None], rows)
+    labels = [label for row in rows for label in [IGNORE, *row["labels"][1:]]]  # no row predicts the next one's first
+    return flat | _supervise(torch.tensor([labels]), rows)
 
 
 def _supervise(labels: torch.Tensor, rows) -> dict:
-    """labels; `positions`: columns whose logits are needed; `targets` (rows, positions); counts of supervised and real tokens.
-
-    Computed here, on the CPU, so that a training step never waits for the GPU.
-    """
+    """labels; `positions`: columns whose logits are needed; `targets` (rows, positions); supervised and real tokens."""
     shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # position i predicts token i + 1
     positions = (shifted != IGNORE).any(0).nonzero().squeeze(1)
     targets = shifted[:, positions]
+    supervised, tokens = int((targets != IGNORE).sum()), sum(len(row["input_ids"]) for row in rows)
     return {
-        "labels": labels,
-        "positions": positions,
-        "targets": targets,
-        "supervised": int((targets != IGNORE).sum()),
-        "tokens": sum(len(row["input_ids"]) for row in rows),
-    }
+        "labels": labels, "positions": positions, "targets": targets, "supervised": supervised, "tokens": tokens,
+    }  # fmt: skip

@@ -1,60 +1,52 @@
-"""Element-wise parts of a layer as one kernel each on CUDA: gated activation, RMSNorm, rotary embedding.
-
-Each function computes what transformers' Llama does, word for word (`is_llamas` tells), with fewer reads and writes of memory.
-"""
+"""Element-wise parts of a layer as one kernel each on CUDA, with fewer reads and writes than transformers' Llama."""
 
 import functools
 import inspect
 
 import torch
 import torch.nn.functional as F
+from transformers.models.llama import modeling_llama
+
+compiled = functools.cache(torch.compile)
 
 
 @functools.cache
-def is_llamas(owner, name: str, of: str | None = None) -> bool:
-    """Whether the function of this name is word for word Llama's, as in Mistral and Qwen; other models keep their own."""
-    from transformers.models.llama import modeling_llama
-
-    reference = getattr(modeling_llama, of) if of else modeling_llama
+def is_llamas(owner, name: str, of=modeling_llama) -> bool:
+    """Whether the function of this name is word for word Llama's, as in Mistral and Qwen."""
     try:
-        return inspect.getsource(getattr(owner, name)) == inspect.getsource(getattr(reference, name))
+        return inspect.getsource(getattr(owner, name)) == inspect.getsource(getattr(of, name))
     except (AttributeError, OSError, TypeError):
         return False
 
 
-@functools.cache
-def _compiled(function):
-    return torch.compile(function)
-
-
-def _on_cuda(function, *arguments):
+def one_kernel(function):
     """Run the function as one kernel on CUDA (torch.compile, any number of tokens), as it stands elsewhere.
 
-    Tensors have their tokens in dimension 0 (matrices) or 1 (heads and rotary tables).
+    In inference mode, too, it runs as it stands: generation has too many shapes to compile for. Tensors have their
+    tokens in dimension 0 (matrices) or 1 (heads and rotary tables).
     """
-    if not arguments[0].is_cuda:
-        return function(*arguments)
-    for x in arguments:
-        if torch.is_tensor(x) and x.ndim > 1:
-            torch._dynamo.maybe_mark_dynamic(x, 0 if x.ndim == 2 else 1)
-    return _compiled(function)(*arguments)
+
+    @functools.wraps(function)
+    def run(*arguments):
+        if not arguments[0].is_cuda or torch.is_inference_mode_enabled():
+            return function(*arguments)
+        for x in arguments:
+            if torch.is_tensor(x) and x.ndim > 1:
+                torch._dynamo.maybe_mark_dynamic(x, 0 if x.ndim == 2 else 1)
+        return compiled(function)(*arguments)
+
+    return run
 
 
+@one_kernel
 def gated(gate, up):
-    """silu(gate) * up. In generation as transformers computes it, whose many shapes are not worth compiling for."""
-    return F.silu(gate).mul_(up) if torch.is_inference_mode_enabled() else _on_cuda(_gated, gate, up)
-
-
-def _gated(gate, up):
+    """silu(gate) * up."""
     return (F.silu(gate.float()) * up.float()).to(gate.dtype)
 
 
+@one_kernel
 def gated_backward(dh, gate, up):
-    """(silu(gate) * up once more, gradient of gate, gradient of up) from the gradient dh of the product."""
-    return _on_cuda(_gated_backward, dh, gate, up)
-
-
-def _gated_backward(dh, gate, up):
+    """Return (silu(gate) * up, gradient of gate, gradient of up) from the gradient dh of the product."""
     gate32, up32, dh32 = gate.float(), up.float(), dh.float()
     sigmoid = torch.sigmoid(gate32)
     silu = gate32 * sigmoid
@@ -62,30 +54,17 @@ def _gated_backward(dh, gate, up):
     return (silu * up32).to(gate.dtype), dgate.to(gate.dtype), (dh32 * silu).to(gate.dtype)
 
 
+@one_kernel
 def rms_norm(x, weight, eps: float):
-    """RMSNorm of x (..., width)."""
-    return _on_cuda(_rms_norm, x.reshape(-1, x.shape[-1]), weight, eps).view(x.shape)
-
-
-def _rms_norm(x, weight, eps: float):
+    """RMSNorm of x (T, width)."""
     y = x.float()
     return weight * (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
+_rotary = one_kernel(modeling_llama.apply_rotary_pos_emb)  # as it is before `fused` puts `rotary` in its place
+
+
 def rotary(q, k, cos, sin, unsqueeze_dim=1):
-    """Rotary embedding of q and k (batch, heads, T, d), computed as (batch, T, heads, d).
-
-    The projections wrote them in that order and attention reads them so; nothing is copied on the way.
-    """
-    q, k = q.transpose(1, 2), k.transpose(1, 2)
-    q, k = _on_cuda(_rotary, q, k, cos, sin) if torch.is_grad_enabled() else _rotary(q, k, cos, sin)
+    """Rotary embedding of q and k (batch, heads, T, d), computed as they lie in memory: (batch, T, heads, d)."""
+    q, k = _rotary(q.transpose(1, 2), k.transpose(1, 2), cos, sin, 2)
     return q.transpose(1, 2), k.transpose(1, 2)
-
-
-def _rotary(q, k, cos, sin):
-    def turned(x):
-        a, b = x.chunk(2, -1)
-        return torch.cat((-b, a), -1)
-
-    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
-    return q * cos + turned(q) * sin, k * cos + turned(k) * sin

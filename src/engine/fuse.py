@@ -1,11 +1,14 @@
 """Which modules of a model compute through `lora` and `elementwise`, and the context in which they do."""
 
+import functools
 import importlib.util
 import sys
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 
 from src.engine.elementwise import is_llamas, rms_norm, rotary
 from src.engine.lora import GatedMLP, Group, SharedInput
@@ -17,45 +20,42 @@ def available(device: torch.device) -> bool:
 
 
 def fusable(*modules) -> bool:
-    """Whether these are LoRA projections that the functions above compute, and may be computed together.
-
-    Each has one plain active adapter: no dropout, no bias, no variant such as DoRA. All have the same scale.
-    """
-    from peft.tuners.lora import LoraLayer
-
+    """Whether these are LoRA projections of one scale, each with one active adapter that is plain: not DoRA, say."""
     return all(
-        isinstance(module, LoraLayer)
-        and list(module.lora_A) == ["default"]
-        and module.active_adapters == ["default"]
-        and not (module.disable_adapters or module.merged or module.lora_variant)
-        and isinstance(module.lora_dropout["default"], nn.Identity)
-        and not module.lora_bias["default"]
-        and getattr(module.get_base_layer(), "bias", None) is None
-        and module.scaling["default"] == modules[0].scaling["default"]
-        for module in modules
+        isinstance(m, LoraLayer)
+        and list(m.lora_A) == m.active_adapters == ["default"]
+        and not (m.disable_adapters or m.merged or m.lora_variant or m.lora_bias["default"])
+        and isinstance(m.lora_dropout["default"], nn.Identity)
+        and m.scaling["default"] == modules[0].scaling["default"]
+        and getattr(m.get_base_layer(), "bias", None) is None
+        and (m.get_base_layer().weight.is_floating_point() or hasattr(m.get_base_layer().weight, "quant_state"))
+        for m in modules
     )
 
 
 @contextmanager
 def fused(model, enabled: bool = True):
-    """Compute the LoRA layers of a PeftModel through the functions above inside the context; yield how many were replaced.
+    """Compute the layers of a PeftModel through `lora` and `elementwise`; yield how many modules that replaced.
 
-    Modules that they do not fit keep their own forward, and so does every module while its adapter is disabled.
+    Others keep their forward, as do all while the adapter is disabled. A model that is fused already stays as it is.
     """
-    replaced, groups, rotated = [], [], {}
-    dtype = model.get_input_embeddings().weight.dtype
+    forwards, groups, rotated = {}, [], set()
     modules = list(model.modules()) if enabled else []
-    plain_mlps = {m.mlp for m in modules if hasattr(m, "mlp") and is_llamas(type(m), "forward", "LlamaDecoderLayer")}
+    if any(getattr(vars(module).get("forward"), "__module__", None) == __name__ for module in modules):
+        modules = []
+    dtype = model.get_input_embeddings().weight.dtype
+    added = {m.mlp for m in modules if hasattr(m, "mlp") and is_llamas(type(m), "forward", LlamaDecoderLayer)}
     for module in modules:
         if hasattr(module, "q_proj"):
-            groups += _attention(module, dtype, replaced) + _single(getattr(module, "o_proj", None), dtype, replaced)
+            groups += _shared([getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj")], dtype, forwards)
+            groups += _shared([getattr(module, "o_proj", None)], dtype, forwards)
             source = sys.modules[type(module).__module__]
             if is_llamas(source, "rotate_half") and is_llamas(source, "apply_rotary_pos_emb"):
-                rotated.setdefault(source, source.apply_rotary_pos_emb)
+                rotated.add(source)
         elif hasattr(module, "gate_proj"):
-            groups += _mlp(module, dtype, module not in plain_mlps, replaced)
-        elif hasattr(module, "variance_epsilon") and is_llamas(type(module), "forward", "LlamaRMSNorm"):
-            _norm(module, replaced)
+            groups += _mlp(module, dtype, module not in added, forwards)
+        elif hasattr(module, "variance_epsilon") and is_llamas(type(module), "forward", LlamaRMSNorm):
+            forwards[module] = _norm(module)
     copies = [copy for group in groups for copy in group.copies]
     factors = [factor for group in groups for factor in group.factors]
 
@@ -63,70 +63,51 @@ def fused(model, enabled: bool = True):
         with torch.no_grad():
             torch._foreach_copy_(copies, factors)
 
-    # on the decoder: training and generation both pass through it, whichever wrapper they enter by
-    hook = model.get_base_model().base_model.register_forward_pre_hook(renew) if groups else None
-    for source in rotated:
-        source.apply_rotary_pos_emb = rotary
-    try:
-        yield len(replaced)
-    finally:
-        for module in replaced:
-            del module.forward
-        for source, function in rotated.items():
-            source.apply_rotary_pos_emb = function
-        if hook:
-            hook.remove()
+    with ExitStack() as stack:
+        if groups:  # on the decoder: training and generation both pass through it, whichever wrapper they enter by
+            stack.callback(model.get_base_model().base_model.register_forward_pre_hook(renew).remove)
+        for source in rotated:
+            stack.callback(setattr, source, "apply_rotary_pos_emb", source.apply_rotary_pos_emb)
+            source.apply_rotary_pos_emb = rotary
+        for module, forward in forwards.items():
+            stack.callback(delattr, module, "forward")
+            module.forward = forward
+        yield len(forwards)
 
 
-def _replace(module, forward, replaced: list):
-    module.forward = forward
-    replaced.append(module)
-
-
-def _attention(attention, dtype, replaced: list) -> list[Group]:
-    projections = [getattr(attention, name, None) for name in ("q_proj", "k_proj", "v_proj")]
+def _shared(projections, dtype, forwards: dict) -> list[Group]:
+    """Have the first projection compute all of them. The others hand out what it kept, if they get the same input."""
     if not fusable(*projections):
         return []
-    group, plain, kept = Group(projections, dtype), [p.forward for p in projections], {}
+    group, kept, (first, *others) = Group(projections, dtype), {}, projections
 
-    def q(x):
-        if projections[0].disable_adapters:
-            return plain[0](x)
-        out = SharedInput.apply(x, group, *group.factors)
-        kept.update(x=x, k=out[1], v=out[2])
-        return out[0]
-
-    def k(x):
-        return kept.pop("k") if kept.get("x") is x and "k" in kept else plain[1](x)
-
-    def v(x):
-        out = kept.pop("v") if kept.get("x") is x and "v" in kept else plain[2](x)
-        kept.pop("x", None)
+    def compute(x, plain=first.forward):
+        if first.disable_adapters:
+            return plain(x)
+        out, *rest = SharedInput.apply(x, group, *group.factors)
+        if others:
+            kept.update(zip(others, rest, strict=True), x=x)
         return out
 
-    for projection, forward in zip(projections, (q, k, v), strict=True):
-        _replace(projection, forward, replaced)
+    def hand_out(x, module, plain):
+        if kept.get("x") is not x or module not in kept:
+            return plain(x)
+        out = kept.pop(module)
+        if len(kept) == 1:  # the input alone
+            kept.clear()
+        return out
+
+    forwards[first] = compute
+    for module in others:
+        forwards[module] = functools.partial(hand_out, module=module, plain=module.forward)
     return [group]
 
 
-def _single(module, dtype, replaced: list) -> list[Group]:
-    if not fusable(module):
-        return []
-    group, plain = Group([module], dtype), module.forward
-
-    def forward(x):
-        return plain(x) if module.disable_adapters else SharedInput.apply(x, group, *group.factors)[0]
-
-    _replace(module, forward, replaced)
-    return [group]
-
-
-def _mlp(mlp, dtype, output_is_kept: bool, replaced: list) -> list[Group]:
+def _mlp(mlp, dtype, output_is_kept: bool, forwards: dict) -> list[Group]:
     projections = [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-    activation = getattr(mlp, "act_fn", None)
-    is_silu = isinstance(activation, nn.SiLU) or type(activation).__name__ == "SiLUActivation"
-    own = is_llamas(type(mlp), "forward", "LlamaMLP") and is_silu
-    if not (own and fusable(*projections[:2]) and fusable(projections[2])):
+    silu = type(getattr(mlp, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")
+    fits = silu and is_llamas(type(mlp), "forward", LlamaMLP)
+    if not (fits and fusable(*projections[:2]) and fusable(projections[2])):
         return []
     inner, outer, plain = Group(projections[:2], dtype), Group(projections[2:], dtype), mlp.forward
 
@@ -135,16 +116,9 @@ def _mlp(mlp, dtype, output_is_kept: bool, replaced: list) -> list[Group]:
             return plain(x)
         return GatedMLP.apply(x, inner, outer, output_is_kept, *inner.factors, *outer.factors)
 
-    _replace(mlp, forward, replaced)
+    forwards[mlp] = forward
     return [inner, outer]
 
 
-def _norm(norm, replaced: list):
-    plain = norm.forward
-
-    def forward(x):
-        if not torch.is_grad_enabled():  # generation: other shapes at every batch are not worth compiling for
-            return plain(x)
-        return rms_norm(x, norm.weight, norm.variance_epsilon)
-
-    _replace(norm, forward, replaced)
+def _norm(norm):
+    return lambda x: rms_norm(x.reshape(-1, x.shape[-1]), norm.weight, norm.variance_epsilon).view(x.shape)

@@ -1,73 +1,58 @@
-"""LoRA layers without their overhead: the same function as PEFT's own forward, with fewer passes over memory.
+"""LoRA layers that compute what PEFT's own do with fewer passes over memory.
 
-PEFT reads and writes every activation several times more: casts, scale, add, and one gradient addition for every projection
-that shares an input. Here the low-rank part is written first and the large matrix product is added on top of it (beta = 1 of a
-GEMM, which costs nothing), in the backward pass too. Projections that share an input share one product with their A matrices.
-The MLP computes silu(gate) * up again in the backward pass instead of keeping it.
+PEFT casts, scales and adds up activations and gradients. Here the low-rank part is written first and the large matrix
+product is added onto it, which costs a GEMM nothing. Projections of one input share one product with their A matrices.
 """
 
 from contextlib import contextmanager, nullcontext
 
 import torch
+import torch.nn.functional as F
+from peft.utils.integrations import dequantize_bnb_weight
 
 from src.engine.elementwise import gated, gated_backward
 
 
-class Layer:
-    """One LoRA projection: y = x W^T + scale (x A^T) B^T, W frozen (4-bit or plain), A (r, in) and B (out, r) trained in float32."""
-
-    def __init__(self, module):
-        self.base, self.scale = module.get_base_layer(), module.scaling["default"]
-        self.a, self.b = module.lora_A["default"].weight, module.lora_B["default"].weight
-
-    def weight(self, dtype) -> torch.Tensor:
-        """W of shape (out, in) in the compute dtype; dequantised at every call if it is kept in 4 bits."""
-        state = getattr(self.base.weight, "quant_state", None)
-        if state is None:
-            return self.base.weight.to(dtype)
-        from bitsandbytes.functional import dequantize_4bit
-
-        return dequantize_4bit(self.base.weight.data, state).to(dtype)
+def base_weight(module, dtype) -> torch.Tensor:
+    """The frozen weight W (out, in) of a LoRA projection in the compute dtype. 4-bit ones are dequantised each time."""
+    weight = module.get_base_layer().weight
+    return (dequantize_bnb_weight(weight) if hasattr(weight, "quant_state") else weight).to(dtype)
 
 
 class Group:
-    """LoRA projections of one input and one scale, with copies of their factors in the compute dtype.
-
-    `fused` renews the copies before every forward pass.
-    """
+    """LoRA projections y = x W^T + scale (x A^T) B^T of one input and one scale. A is (r, in), B (out, r)."""
 
     def __init__(self, modules, dtype):
-        self.layers = [Layer(module) for module in modules]
-        self.scale, self.ranks = self.layers[0].scale, [layer.a.shape[0] for layer in self.layers]
-        self.factors = [factor for layer in self.layers for factor in (layer.a, layer.b)]
-        self.a = torch.cat([layer.a.detach() for layer in self.layers]).to(dtype)  # all A of the group under each other
-        self.bs = [layer.b.detach().to(dtype) for layer in self.layers]
-        self.copies = [c for pair in zip(self.a.split(self.ranks), self.bs, strict=True) for c in pair]
+        self.modules, self.scale = modules, modules[0].scaling["default"]
+        lows, highs = [m.lora_A["default"].weight for m in modules], [m.lora_B["default"].weight for m in modules]
+        self.ranks, self.factors = [low.shape[0] for low in lows], lows + highs
+        self.a = torch.cat([low.detach() for low in lows]).to(dtype)  # all A of the group under each other
+        self.bs = [high.detach().to(dtype) for high in highs]
+        self.copies = [*self.a.split(self.ranks), *self.bs]  # `fused` renews them before every forward pass
 
     def low(self, x) -> torch.Tensor:
         """(T, sum of ranks): scale x A^T of every projection."""
         return torch.addmm(x.new_empty(()), x, self.a.t(), beta=0, alpha=self.scale)
 
     def project(self, x, u) -> list[torch.Tensor]:
-        """Every projection of x (T, in): the low-rank part first, x W^T added onto it."""
-        parts = zip(self.layers, self.bs, u.split(self.ranks, 1), strict=True)
-        return [(part @ b.t()).addmm_(x, layer.weight(x.dtype).t()) for layer, b, part in parts]
+        """Every projection of x (T, in)."""
+        parts = zip(self.modules, self.bs, u.split(self.ranks, 1), strict=True)
+        return [(part @ b.t()).addmm_(x, base_weight(module, x.dtype).t()) for module, b, part in parts]
 
     def input_gradient(self, grads) -> tuple[torch.Tensor, torch.Tensor]:
-        """(dx, du) from the gradients of the projections; the products with W are added onto one dx."""
+        """(dx, du) from the gradients of the projections."""
         du = grads[0].new_empty(len(grads[0]), len(self.a))
         for part, g, b in zip(du.split(self.ranks, 1), grads, self.bs, strict=True):
             torch.addmm(part, g, b, beta=0, alpha=self.scale, out=part)
         dx = du @ self.a
-        for g, layer in zip(grads, self.layers, strict=True):
-            dx.addmm_(g, layer.weight(dx.dtype))
+        for g, module in zip(grads, self.modules, strict=True):
+            dx.addmm_(g, base_weight(module, dx.dtype))
         return dx, du
 
     def factor_gradients(self, x, u, du, grads) -> list[torch.Tensor]:
         """The gradients of `factors`, in float32."""
-        das = _product32(du.t(), x).split(self.ranks)
         dbs = [_product32(g.t(), part) for g, part in zip(grads, u.split(self.ranks, 1), strict=True)]
-        return [f for pair in zip(das, dbs, strict=True) for f in pair]
+        return [*_product32(du.t(), x).split(self.ranks), *dbs]
 
 
 def _product32(a, b) -> torch.Tensor:
@@ -76,7 +61,7 @@ def _product32(a, b) -> torch.Tensor:
 
 
 class SharedInput(torch.autograd.Function):
-    """LoRA projections of one input (q, k and v; or o alone). apply(x, group, *group.factors) -> one output a projection."""
+    """The LoRA projections of a group, one output each: apply(x, group, *group.factors)."""
 
     @staticmethod
     def forward(ctx, x, group, *factors):
@@ -95,21 +80,18 @@ class SharedInput(torch.autograd.Function):
 
 
 class GatedMLP(torch.autograd.Function):
-    """down(silu(gate(x)) * up(x)), all three with LoRA. Keeps x, gate and up; computes silu(gate) * up again in backward.
-
-    `output_is_kept`: whether a later layer keeps the output for its own backward pass, as a norm behind the MLP does.
-    """
+    """down(silu(gate(x)) * up(x)), all with LoRA. The product is computed again in the backward pass, not kept."""
 
     @staticmethod
     def forward(ctx, x, inner, outer, output_is_kept, *factors):
         flat = x.reshape(-1, x.shape[-1])
         u = inner.low(flat)
         gate, up = inner.project(flat, u)
-        h = gated(gate, up)
+        h = F.silu(gate).mul_(up) if torch.is_inference_mode_enabled() else gated(gate, up)  # in place: less memory
         v = outer.low(h)
         ctx.inner, ctx.outer, ctx.shape = inner, outer, x.shape
         ctx.save_for_backward(flat, gate, up, u, v)
-        if _recomputing and not output_is_kept:  # nothing that the backward pass reads depends on the output
+        if _recomputing and not output_is_kept:  # by a later layer for its backward pass: nothing will read the output
             return torch.empty_like(x)
         return outer.project(h, v)[0].view(x.shape)
 

@@ -1,7 +1,7 @@
 """Folders of runs and evaluations, what their names are made of, and files that are written whole or not at all.
 
-A *run* is what was trained, an *evaluation* is a run scored on one split with one way of decoding. Both names end in a hash of
-what ran (identity.py), so other values are another folder.
+A *run* is what was trained, an *evaluation* is a run scored on one split with one way of decoding. Both names end in a
+hash of what ran (identity.py), so other values are another folder.
 """
 
 from pathlib import Path
@@ -27,5 +27,6 @@ from src.runs.run import Run, find, finished, open  # noqa: E402
 
 __all__ = [
     "ROOT", "Evaluation", "Run", "RunError", "evaluations", "find", "find_evaluation", "finished", "open",
-    "open_evaluation", "read_json", "read_jsonl", "relative", "sha256_file", "write_atomic", "write_json", "write_jsonl",
+    "open_evaluation", "read_json", "read_jsonl", "relative", "sha256_file", "write_atomic", "write_json",
+    "write_jsonl",
 ]  # fmt: skip

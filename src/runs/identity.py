@@ -1,7 +1,7 @@
 """What a run and an evaluation depend on, read from the objects that really ran, and hashed into their names.
 
-A number changed in a notebook's LoraConfig or TrainingArguments is therefore another run, and the same numbers are the same
-run whether they come from a cell or from OVERRIDES. How a machine computes (device, memory, passes) is left out.
+A number changed in a notebook's LoraConfig or TrainingArguments is therefore another run, and the same numbers are the
+same run whether they come from a cell or from OVERRIDES. How a machine computes (device, memory, passes) is left out.
 """
 
 import hashlib
@@ -14,10 +14,9 @@ from src.runs import files
 
 MACHINE = (  # beginnings of TrainingArguments' names that say how a machine computes and reports, not what it trains
     "output_dir", "per_device_", "gradient_", "activation_", "auto_find_batch_size", "bf16", "fp16", "tf32", "use_cpu",
-    "dataloader_", "logging_", "log_", "save_", "report_to", "run_name", "remove_unused_columns", "accelerator_config",
-    "restore_callback_states", "disable_tqdm", "ddp_", "local_rank", "torch_", "include_", "hub_", "push_to_hub", "do_",
-    "eval_accumulation_steps", "eval_on_start", "eval_delay", "skip_memory_metrics", "ignore_data_skip", "deepspeed",
-    "fsdp", "project", "trackio",
+    "dataloader_num", "dataloader_p", "logging_", "log_", "save_", "report_to", "run_name", "remove_unused_columns",
+    "accelerator_config", "restore_callback_states", "disable_tqdm", "ddp_", "local_rank", "torch_", "include_", "hub_",
+    "push_to_hub", "do_", "eval_accumulation_steps", "skip_memory_metrics", "deepspeed", "fsdp", "project", "trackio",
 )  # fmt: skip
 GREEDY = {  # what decoding does where GenerationConfig leaves a field out
     "num_beams": 1, "do_sample": False, "temperature": 1, "top_p": 1, "top_k": 50, "length_penalty": 1,
@@ -33,7 +32,7 @@ def name(prefix: str, values: dict) -> str:
 
 
 def of_run(trainer, recipe) -> dict:
-    """What the weights of a run depend on, in JSON's types.
+    """What the weights of a run depend on beside `base`, in JSON's types.
 
     `trainer`: a transformers Trainer over a PeftModel, whose datasets have the columns id, input_ids and labels.
     Values that transformers and PEFT have by default are left out, so that the rest can be read.
@@ -48,7 +47,6 @@ def of_run(trainer, recipe) -> dict:
     return plain(
         {
             "base_model": base_name(model),
-            "base": base_commit(model) or fingerprint(base_name(model)),
             "pad_token": recipe.pad_token,
             "quantization": _quantization(model),
             "lora": {**lora, "r": adapter.r, "lora_alpha": adapter.lora_alpha},
@@ -61,10 +59,11 @@ def of_run(trainer, recipe) -> dict:
 
 
 def of_evaluation(run, split: str, rows, generation, seed: int) -> dict:
-    """What the answers of an evaluation depend on: the run, the prompts, the references' ids and the decoding."""
+    """What the answers of an evaluation depend on: the run, the prompts, the decoding and, if drawn, the seed."""
     prompts = hashlib.sha256("\n".join(map(str, rows["prompt_ids"])).encode()).hexdigest()
     decoding = {k: v for k, v in plain(generation.to_dict()).items() if v is not None and v != GREEDY.get(k)}
-    decoding = {k: v for k, v in decoding.items() if not k.endswith("token_id") and k != "transformers_version"}
+    for key in ("pad_token_id", "bos_token_id", "transformers_version"):
+        decoding.pop(key, None)
     drawn = {"seed": seed} if generation.do_sample else {}
     return plain(
         {"run": run.name, "split": split, "rows": len(rows), "prompts": prompts, "generation": decoding, **drawn}
@@ -72,23 +71,25 @@ def of_evaluation(run, split: str, rows, generation, seed: int) -> dict:
 
 
 def as_trained(recipe, trainer):
-    """The recipe with the values of the objects that train, which a cell may have changed."""
+    """The recipe with the values of the objects that train, which a cell may have changed.
+
+    What the recipe leaves to the device ("auto", an optimiser that needs CUDA) stays as the recipe says it.
+    """
     model, args, rows = trainer.model, trainer.args, rows_per_step(trainer)
     adapter, quantized = model.peft_config["default"], _quantization(model)
     changed = recipe.model_dump()
     changed["seed"], changed["base_model"] = args.seed, base_name(model)
     changed["lora"] = {key: plain(getattr(adapter, key)) for key in changed["lora"]}
-    changed["quantization"] |= {"load_in_4bit": quantized is not None} | (quantized or {})
+    changed["quantization"] |= quantized
     training = changed["training"]
     training |= {key: plain(getattr(args, key)) for key in training if hasattr(args, key)}
     training["eval_steps"] = int(args.eval_steps) if args.eval_strategy == "steps" else None
     training["early_stopping_patience"] = patience(trainer)
-    same = rows == recipe.rows_per_step
-    training["per_device_train_batch_size"] = recipe.training.per_device_train_batch_size if same else rows
-    training["gradient_accumulation_steps"] = recipe.training.gradient_accumulation_steps if same else 1
-    for key, field in recipes.Training.model_fields.items():
-        if field.annotation is float or "float" in str(field.annotation):
-            training[key] = float(training[key])
+    if training["optim"] == usable_optimizer(recipe.training.optim, model.device):
+        training["optim"] = recipe.training.optim  # manifest.json says which ran
+    size, passes = recipe.training.per_device_train_batch_size, recipe.training.gradient_accumulation_steps
+    size, passes = (size, passes) if size * passes == rows else (rows, 1)
+    training |= {"per_device_train_batch_size": size, "gradient_accumulation_steps": passes}
     return recipes.build(changed)
 
 
@@ -105,7 +106,7 @@ def patience(trainer) -> int | None:
 
 
 def usual_dtype(device):
-    """The dtype that a device computes best in: bfloat16 from compute capability 8.0, float16 below, float32 on a CPU."""
+    """The dtype that a device computes best in: bfloat16 (compute capability 8.0 or more), float16, float32 (CPU)."""
     import torch
 
     if device.type != "cuda":
@@ -113,20 +114,27 @@ def usual_dtype(device):
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
 
 
-def _quantization(model) -> dict | None:
-    """How the base model was quantised; the compute dtype only where it is not the device's usual one."""
+def usable_optimizer(name: str, device) -> str:
+    """The optimiser of that name, or plain AdamW where the device is no GPU and the optimiser needs one."""
+    needs_cuda = any(word in name for word in ("8bit", "paged", "lion", "ademamix"))
+    return "adamw_torch" if needs_cuda and device.type != "cuda" else name
+
+
+def _quantization(model) -> dict:
+    """How the base model was quantised; the dtype it computes in only where that is not the device's usual one."""
     config = getattr(model.config, "quantization_config", None)
-    if config is None:
-        return None
-    values = config if isinstance(config, dict) else config.to_dict()
-    keys = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
-    found = {key: values[key] for key in keys if key != "load_in_8bit" or values[key]}
-    dtype = plain(values["bnb_4bit_compute_dtype"])
-    return found if dtype == plain(usual_dtype(model.device)) else found | {"bnb_4bit_compute_dtype": dtype}
+    found, dtype = {"load_in_4bit": False}, model.get_input_embeddings().weight.dtype
+    if config is not None:
+        values = config if isinstance(config, dict) else config.to_dict()
+        keys = ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
+        found = {key: values[key] for key in keys if key != "load_in_8bit" or values[key]}
+        dtype = values["bnb_4bit_compute_dtype"]
+    usual = plain(dtype) == plain(usual_dtype(model.device))
+    return found if usual else found | {"bnb_4bit_compute_dtype": plain(dtype)}
 
 
 def _digest(train, validation) -> dict:
-    """Counts of the rows; sha256 of all their tokens and labels, of the training rows' ids, and of the first row alone."""
+    """Counts of the rows; sha256 of all tokens and labels, of the training rows' ids, and of the first row alone."""
     found = hashlib.sha256()
     for rows in (train, validation):
         for tokens, labels in zip(rows["input_ids"], rows["labels"], strict=True):
@@ -147,15 +155,14 @@ def base_name(model) -> str:
     return files.relative(Path(where)) if Path(where).is_dir() else where
 
 
-def base_commit(model) -> str | None:
-    """The hub commit that a base model came from; None for a folder."""
-    return getattr(model.config, "_commit_hash", None)
+def base(base_model: str, revision: str) -> str | dict[str, str]:
+    """What tells the weights of a loaded base model from others: its hub commit, or sha256 of its folder's files."""
+    from huggingface_hub import try_to_load_from_cache
 
-
-def fingerprint(base_model: str) -> dict[str, str]:
-    """sha256 of a local base model's weight files; empty for a hub model, whose commit is recorded instead."""
     folder = runs.ROOT / base_model
-    return {file.name: files.sha256_file(file) for file in sorted(folder.glob("*.safetensors"))}
+    if folder.is_dir():
+        return {file.name: files.sha256_file(file) for file in sorted(folder.glob("*.safetensors"))}
+    return Path(try_to_load_from_cache(base_model, "config.json", revision=revision)).parent.name
 
 
 def plain(value):

@@ -13,9 +13,9 @@ PACKAGES = "torch transformers peft bitsandbytes accelerate datasets evaluate ro
 
 
 def measured(trainer) -> dict:
-    """Steps, tokens, seconds (in optimizer steps), peak memory (GiB), parameters, plan and environment of a trained Trainer.
+    """Steps, tokens, seconds (in optimizer steps), peak memory (GiB), parameters, plan and environment of a training.
 
-    What a plain transformers Trainer does not measure is None.
+    `trainer`: after `train`. What a plain transformers Trainer does not measure is None.
     """
     model, state = trainer.model, trainer.state
     best = state.best_global_step if trainer.args.load_best_model_at_end else None
@@ -26,14 +26,13 @@ def measured(trainer) -> dict:
         "steps": state.global_step,
         "best_step": best or state.global_step,
         "rows": {"train": len(trainer.train_dataset), "validation": len(trainer.eval_dataset)},
-        "train_tokens": state.num_input_tokens_seen,
-        "train_seconds": round(getattr(trainer, "seconds", 0.0), 1),
+        "train_tokens": state.num_input_tokens_seen or None,
+        "train_seconds": round(trainer.seconds, 1) if hasattr(trainer, "seconds") else None,
         "peak_gib": getattr(trainer, "peak_gib", None),
         "optim": identity.plain(trainer.args.optim),
         "parameters": {"trainable": trainable, "total": total},
         "plan": asdict(plan) if plan else None,
         "plans_out_of_memory": [asdict(p) for p in getattr(trainer, "failed_plans", [])],
-        "base_commit": identity.base_commit(model),
         **environment(model.device),
     }
 

@@ -13,10 +13,12 @@ from src.runs import identity
 from src.runs.files import read_json, read_jsonl, relative, sha256_file, write_atomic, write_json, write_jsonl
 from src.runs.measured import measured
 
+HELD = {}  # {folder of a run: its lock}; a lock that nothing refers to is let go
+
 
 @dataclass(frozen=True)
 class Run:
-    """One trained run, or one that is being trained. `made_by` names its notebook in errors."""
+    """One trained run, or one that is being trained."""
 
     name: str
 
@@ -55,10 +57,17 @@ class Run:
         """The rows of train_log.jsonl: losses, evaluations and samples, by step."""
         return read_jsonl(self.folder / "train_log.jsonl", "02_train_qlora")
 
+    @property
+    def base_commit(self) -> str | None:
+        """The hub commit of the base model; None for a folder."""
+        base = self.config["identity"]["base"]
+        return base if isinstance(base, str) else None
+
     def recipe(self, overrides: dict | None = None) -> recipes.Recipe:
         """The recipe as it was trained, with other evaluation, generation, engine or device settings.
 
-        Raises runs.RunError for an override of anything else that differs from what was trained.
+        Its revision is the commit that the base model came from. Raises runs.RunError for an override of anything else
+        that differs from what was trained.
         """
         config, overrides = self.config, overrides or {}
         recipe = recipes.build(config["recipe"], overrides)
@@ -68,7 +77,7 @@ class Run:
                     f"{key} is {trained!r} in run {self.name} and {overrides[key]!r} in OVERRIDES. To score a run with "
                     "that value, train it with 02 first; to score this run, leave the field out."
                 )
-        return recipe
+        return recipe.model_copy(update={"revision": self.base_commit or recipe.revision})
 
     def checkpoint(self) -> str | None:
         """The newest checkpoint that was written whole, or None. Later ones, which a kill cut short, are deleted."""
@@ -89,15 +98,15 @@ class Run:
             found = sha256_file(path) if path.is_file() else "no file"
             if found != expected:
                 raise runs.RunError(
-                    f"{relative(path)} is not the file that was trained: found {found}, expected sha256 {expected}. Put the "
-                    f"file back, or delete {relative(self.folder)} and run 02 again."
+                    f"{relative(path)} is not the file that was trained: found {found}, expected sha256 {expected}. "
+                    f"Put the file back, or delete {relative(self.folder)} and run 02 again."
                 )
         return self.adapter
 
     def check_trainer(self, trainer):
         """Raise RunError unless the objects of this trainer are the ones that the run is named after."""
-        recipe = self.recipe()
-        name = identity.name(recipe.name, identity.of_run(trainer, recipe))
+        recipe, base = self.recipe(), {"base": self.config["identity"]["base"]}
+        name = identity.name(recipe.name, base | identity.of_run(trainer, recipe))
         if name != self.name:
             raise runs.RunError(
                 f"This trainer makes {name}, not {self.name}: run the cell with `runs.open` again, then this."
@@ -118,20 +127,21 @@ class Run:
         """
         self.check_trainer(trainer)
         model = trainer.model
-        settings = model.peft_config[
-            "default"
-        ]  # where others find the base model: an id, or a folder of this repository
-        settings.base_model_name_or_path, settings.revision = identity.base_name(model), identity.base_commit(model)
+        settings = model.peft_config["default"]  # where others find the base: an id, or a folder of this repository
+        settings.base_model_name_or_path = identity.base_name(model)
+        settings.revision = self.base_commit
         temporary = self.folder / ".adapter.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         model.save_pretrained(temporary)
+        (temporary / "README.md").unlink(missing_ok=True)  # names folders of this machine; 04 writes the model card
         tokenizer.save_pretrained(temporary)
         write_json(temporary / "prompt_template.json", self.config["prompt_template"])
         shutil.rmtree(self.adapter, ignore_errors=True)
         temporary.rename(self.adapter)
         write_jsonl(self.folder / "train_log.jsonl", trainer.state.log_history)
         sums = {f.name: sha256_file(f) for f in sorted(self.adapter.iterdir()) if f.suffix != ".md"}
-        manifest = {"run": self.name, **measured(trainer), "data": data or {}, "sha256": sums}
+        manifest = {"run": self.name, "base_commit": self.base_commit, **measured(trainer)}
+        manifest |= {"data": data or {}, "sha256": sums}
         write_json(self.folder / "manifest.json", manifest)
         if not self.recipe().training.keep_checkpoints:
             shutil.rmtree(self.checkpoints, ignore_errors=True)
@@ -141,10 +151,11 @@ class Run:
     def _lock(self):
         from filelock import FileLock
 
-        return FileLock(self.folder / ".lock", timeout=0, is_singleton=True)
+        return HELD.setdefault(self.folder, FileLock(self.folder / ".lock", timeout=0, thread_local=False))
 
     def unlock(self):
         """Let other processes open the run."""
+        (self.folder / ".lock.json").unlink(missing_ok=True)
         self._lock().release(force=True)
 
     def lock(self):
@@ -158,8 +169,9 @@ class Run:
         except Timeout:
             who = json.loads(holder.read_text(encoding="utf-8")) if holder.is_file() else {}
             raise runs.RunError(
-                f"{relative(self.folder)} is being trained by process {who.get('process', '?')} on {who.get('host', '?')} "
-                f"since {who.get('since', '?')}: wait for it, or stop it. Then run this cell again."
+                f"{relative(self.folder)} is being trained by process {who.get('process', '?')} on "
+                f"{who.get('host', '?')} since {who.get('since', '?')}: wait for it, or stop it. Then run this cell "
+                "again."
             ) from None
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         write_json(holder, {"process": os.getpid(), "host": socket.gethostname(), "since": now})
@@ -168,24 +180,24 @@ class Run:
 def open(recipe, trainer, prompt_template: dict) -> Run:
     """The run that these objects are, in its own folder: the same values find the same run, others start a new one.
 
-    `trainer`: a transformers Trainer over a PeftModel; its checkpoints go to the run's folder from here on. The folder is
-    locked until `save`. Raises runs.RunError when another process trains this run, or a finished run has lost a file.
+    `trainer`: a transformers Trainer over a PeftModel; its checkpoints go to the run's folder from here on. The folder
+    is locked until `save`. Raises runs.RunError when another process trains this run, or a finished run lost a file.
     """
     kind = str(trainer.model.peft_config["default"].init_lora_weights).lower()
     if kind.startswith(("pissa", "olora", "corda", "loftq")):
         raise runs.RunError(
-            f"init_lora_weights is {kind!r}, which changes the base weights, and a run keeps the adapter alone: expected "
-            "True or 'gaussian'."
+            f"init_lora_weights is {kind!r}, which changes the base weights, and a run keeps the adapter alone: "
+            "expected True or 'gaussian'."
         )
-    values = identity.of_run(trainer, recipe)
+    base = identity.base(identity.base_name(trainer.model), recipe.revision)
+    values = {"base": base, **identity.of_run(trainer, recipe)}
     run = Run(identity.name(recipe.name, values))
     run.folder.mkdir(parents=True, exist_ok=True)
     trainer.args.output_dir = str(run.checkpoints)
     if not run.finished:
         run.lock()
-    write_atomic(
-        run.folder / ".opened", datetime.datetime.now(datetime.UTC).isoformat()
-    )  # "latest" is the one opened last
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
+    write_atomic(run.folder / ".opened", now)  # "latest" is the one opened last
     if run.finished:
         run.check_adapter()
         run.unlock()
@@ -203,13 +215,13 @@ def open(recipe, trainer, prompt_template: dict) -> Run:
 def finished(recipe_name: str | None = None) -> list[Run]:
     """The finished runs under outputs/, of one recipe or of all, the newest last."""
     found = [Run(path.parent.name) for path in (runs.ROOT / "outputs").glob("*/manifest.json")]
-    found = [run for run in found if (run.folder / "config.json").is_file()]
+    found = [run for run in found if (run.folder / "config.json").is_file() and "recipe" in run.config]
     chosen = [run for run in found if recipe_name in (None, run.config["recipe"]["name"])]
     return sorted(chosen, key=lambda run: (run.opened, run.name))
 
 
 def find(recipe_name: str, run: str = "latest", overrides: dict | None = None) -> Run:
-    """The run of that name; "latest": the newest finished run of the recipe whose trained values agree with `overrides`."""
+    """The run of that name; "latest": the newest finished run of the recipe that was trained with these `overrides`."""
     known = finished(recipe_name if run == "latest" else None)
     if run == "latest":
         known = [candidate for candidate in known if _agrees(candidate, overrides or {})]

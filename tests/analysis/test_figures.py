@@ -42,13 +42,13 @@ def test_lengths_beyond_the_plot_are_triangles_and_say_so(make_run, make_evaluat
     evaluation = make_evaluation(make_run())
     fig = figures.length_plot(evaluation.metrics, evaluation.predictions)
     base, tuned = fig.axes
-    # references have 3, 3 and 6 words: the axis ends at 11, summaries above 22 words are triangles
+    # references have 3, 2 and 6 words: the axis ends at 11, summaries above 22 words are triangles
     points, triangles = (collection.get_offsets().tolist() for collection in base.collections)
-    assert points == [[3, 3], [3, 1]] and triangles == [[6, 22]]
-    assert "22+ (1 rows)" in texts(base) and "equal length" in texts(base)
-    assert [collection.get_offsets().tolist() for collection in tuned.collections] == [[[3, 3], [3, 0], [6, 4]]]
-    assert texts(tuned) == ["equal length"]
-    assert (base.get_title(), tuned.get_title()) == ("base", "fine-tuned")
+    assert points == [[3, 3], [2, 1]] and triangles == [[6, 22]]
+    assert base.get_title("right") == "triangles: 22+ (1 of 3 rows)" and texts(base) == ["equal length"]
+    assert [collection.get_offsets().tolist() for collection in tuned.collections] == [[[3, 3], [2, 0], [6, 4]]]
+    assert tuned.get_title("right") == "" and texts(tuned) == ["equal length"]
+    assert (base.get_title("left"), tuned.get_title("left")) == ("base", "fine-tuned")
     assert fig.get_suptitle() == "demo-00000001, test, n=3"
 
 

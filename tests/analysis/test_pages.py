@@ -129,7 +129,9 @@ def test_the_cards_snippet_is_python_with_the_runs_own_settings(make_run, make_e
     run = make_run()
     (tmp_path / "data" / "demo" / "base").mkdir(parents=True)  # a local base model
     decoding = {"max_new_tokens": 48, "num_beams": 4, "length_penalty": 0.8}
-    code = snippet(pages.model_card(run, make_evaluation(run, generation=decoding)))
+    card = pages.model_card(run, make_evaluation(run, generation=decoding))
+    assert "- Base model: `data/demo/base`, a folder of the repository, in 4 bits (nf4)\n- Adapted layers" in card
+    code = snippet(card)
     compile(code, "card", "exec")
     assert '"../../../data/demo/base"' in code  # from inside of outputs/<run>/adapter
     assert 'bnb_4bit_quant_type="nf4"' in code and "bnb_4bit_use_double_quant=True" in code

@@ -1,0 +1,134 @@
+"""Writes the tables of README.md and benchmarks/README.md, between their markers, from committed results.
+
+python benchmarks/tables.py
+"""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+SHOWN = ("ours_64gib", "unsloth_packed_16k", "ours_checkpointed", "unsloth_packed_16k_checkpointed", "hf_padded")
+
+
+def results(name: str) -> list[dict]:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def markdown(header: list[str], rows: list[list]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def demo() -> str:
+    """The demo's scores, from outputs/demo/scores.csv."""
+    columns, systems = ["ROUGE-1", "ROUGE-2", "ROUGE-L", "sacreBLEU"], {}
+    with (ROOT / "outputs" / "demo" / "scores.csv").open(encoding="utf-8", newline="") as file:
+        systems = {row["system"]: row for row in csv.DictReader(file)}
+    chosen = ("base", "fine-tuned", "whole dialogue", "nearest training summary")
+    return markdown(["demo test split", *columns], [[name, *(systems[name][c] for c in columns)] for name in chosen])
+
+
+def speed() -> str:
+    """The README's comparison with what a user would pick instead, from results/h200.json."""
+    found = {r["setup"]: r for r in results("h200")}
+
+    def cell(setup):
+        r = found[setup]
+        return f"{r['tok_s']:,} ({r['peak_gib']:.0f} GiB)"
+
+    header = ["tokens/s (H200)", "this repository", "Unsloth, packed", "plain Trainer, padded"]
+    fast, saving = SHOWN[:2], SHOWN[2:]
+    rows = [["without checkpointing", *map(cell, fast), ""], ["with checkpointing", *map(cell, saving)]]
+    return markdown(header, rows)
+
+
+def cpu() -> str:
+    """The demo on a CPU, from results/cpu.json."""
+    runs = {}
+    for r in results("cpu"):
+        runs.setdefault((r["setup"], f"{r['padding']:.1%}"), []).append(f"{r['tok_s']:,}")
+    rows = [[setup, ", ".join(speeds), padding] for (setup, padding), speeds in runs.items()]
+    return markdown(["setup", "tokens/s, every run", "padding"], rows)
+
+
+def gpu(name: str = "h200") -> str:
+    """Training, ours and the peers', then generation and the whole job."""
+    header = "setup, rows a step, tokens/s, samples/s, of the matmul rate, peak GiB, predicted GiB, plan, call".split(
+        ", "
+    )
+    rows, found = [], results(name)
+    for r in found:
+        if "tok_s" in r and r["setup"] != "job":
+            rows.append(_ours(r) if r["ours"] else _peer(r))
+    lines = [markdown(header, rows)]
+    for r in found:
+        if "new_tok_s" in r:
+            lines.append(
+                f"\nGeneration ({r['setup']}), 819 prompts, 64 new tokens each, reading the prompts included: "
+                f"{r['new_tok_s']:,} new tokens/s (base {r['base_new_tok_s']:,}, fine-tuned "
+                f"{r['finetuned_new_tok_s']:,}), peak {r['peak_gib']:.1f} GiB."
+            )
+        if r["setup"] == "job":
+            lines.append(_job(r))
+    return "\n".join(lines)
+
+
+def _peer(r: dict) -> list:
+    rates = [f"{r['tok_s']:,}", f"{r['samples_s']:.1f}", "", f"{r['peak_gib']:.1f}"]
+    return [r["setup"], "", *rates, "", "peers.py", r["call"]]
+
+
+def _ours(r: dict) -> list:
+    p = r["plan"]
+    weights = "16-bit weights" if p["dequantized"] else "4-bit weights"
+    plan = f"{p['passes']} x {p['tokens']:,} tokens, {weights}" + (", checkpointing" if p["checkpointing"] else "")
+    cap = f" (limit {r['capped_gib']:.0f} GiB)" if r["capped_gib"] else ""
+    rates = [f"{r['tok_s']:,}", r["samples_s"], f"{r['matmul_share']:.0%} of {r['matmul_tflops']} TFLOP/s"]
+    memory = [f"{r['peak_gib']:.1f}", f"{r['predicted_gib']:.1f}"]
+    return [f"{r['setup']}{cap}", p["rows_per_step"], *rates, *memory, plan, r["call"]]
+
+
+def _job(r: dict) -> str:
+    seconds = r["generation_seconds"]
+    return (
+        f"\nThe whole job: {r['minutes']:.1f} minutes. Training 7,366 rows for 3 epochs, {r['plan']['rows_per_step']} "
+        f"rows a step, {r['training_minutes']:.1f} ({r['predicted_minutes']:.1f} predicted; {r['tok_s']:,} tokens/s); "
+        f"819 answers of 256 tokens from the base model {seconds['base'] / 60:.1f}, of 100 from the fine-tuned one "
+        f"{seconds['finetuned'] / 60:.1f}; loading {r['load_seconds'] / 60:.1f}."
+    )
+
+
+def before_and_after() -> str:
+    """The first build beside this code, one after the other on one H100, from results/h100.json."""
+    rows = []
+    for r in results("h100"):
+        rate = f"{r['tok_s']:,}" if "tok_s" in r else f"{r['new_tok_s']:,} new"
+        code = {"89fec59": "the first build", "rooms": "this one"}.get(r.get("code"), "")
+        rows.append([r["setup"], code, rate, f"{r['peak_gib']:.1f}"])
+    return markdown(["setup", "code", "tokens/s", "peak GiB"], rows)
+
+
+BLOCKS = {  # file: {marker: what stands between <!-- marker --> and <!-- end -->}
+    "README.md": {"demo": demo, "speed": speed},
+    "benchmarks/README.md": {"h200": gpu, "h100": before_and_after, "cpu": cpu},
+}
+
+
+def filled(file: str) -> str:
+    """The text of a file with every block made again."""
+    text = (ROOT / file).read_text(encoding="utf-8")
+    for marker, make in BLOCKS[file].items():
+        block = re.compile(rf"(<!-- {marker} -->\n).*?(<!-- end -->)", re.S)
+        if not block.search(text):
+            raise ValueError(f"{file} has no block <!-- {marker} --> ... <!-- end -->.")
+        table = make()
+        text = block.sub(lambda found, table=table: f"{found[1]}{table}\n{found[2]}", text)
+    return text
+
+
+if __name__ == "__main__":
+    for name in BLOCKS:
+        (ROOT / name).write_text(filled(name), encoding="utf-8")

@@ -1,0 +1,21 @@
+"""The two published experiments, replayed for notebook 05. The corrected path never meets them.
+
+Recipe 1 is Mistral-7B-v0.1 on MTS-Dialog (imsachinsingh00/DocBot_Mistral), recipe 2 Mistral-7B-Instruct-v0.2 on SAMSum
+(msznajder/mistral-7b-samsum-dialogue-summary-finetune). protocol.py needs the data alone; defects.py trains the
+demo's base with one defect at a time.
+"""
+
+from src.published.defects import DEFECTS, PROSE, Defect, costs, fine_tuned, generate_right_padded, measure
+from src.published.protocol import (
+    RECIPE2_TURN,
+    official_tokenizer,
+    recipe1_prompt,
+    recipe1_protocol,
+    recipe1_split,
+    recipe2_prompt,
+)
+
+__all__ = [
+    "DEFECTS", "PROSE", "RECIPE2_TURN", "Defect", "costs", "fine_tuned", "generate_right_padded", "measure",
+    "official_tokenizer", "recipe1_prompt", "recipe1_protocol", "recipe1_split", "recipe2_prompt",
+]  # fmt: skip

@@ -1,0 +1,32 @@
+"""The notebooks' own cells, for tests that follow a value from a recipe to the objects that compute."""
+
+import json
+from pathlib import Path
+
+NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
+CHANGED = {  # every field of these sections, at a value that is not its default
+    "quantization.load_in_4bit": False, "quantization.bnb_4bit_quant_type": "fp4",
+    "quantization.bnb_4bit_use_double_quant": False, "quantization.bnb_4bit_compute_dtype": "bfloat16",
+    "lora.r": 3, "lora.lora_alpha": 7, "lora.lora_dropout": 0.25, "lora.target_modules": ["k_proj"],
+    "training.num_train_epochs": 1.5, "training.max_steps": 11, "training.per_device_train_batch_size": 5,
+    "training.gradient_accumulation_steps": 6, "training.learning_rate": 0.125, "training.warmup_steps": 4.0,
+    "training.lr_scheduler_type": "constant", "training.weight_decay": 0.5, "training.max_grad_norm": 0.75,
+    "training.optim": "sgd", "training.eval_steps": 9, "training.early_stopping_patience": 2,
+    "training.load_best_model_at_end": False, "training.sample_rows": 8, "training.keep_checkpoints": True,
+    "generation.max_new_tokens": 33, "generation.min_new_tokens": 2, "generation.num_beams": 4,
+    "generation.early_stopping": True, "generation.length_penalty": 0.5, "generation.no_repeat_ngram_size": 3,
+    "generation.do_sample": True, "generation.temperature": 0.5, "generation.top_p": 0.25,
+    "engine.packing": "on", "engine.fused": "off", "engine.checkpointing": "off", "engine.memory_gib": 12.0,
+    "engine.tokens_per_pass": 77, "engine.dequantize": "off", "engine.batch_size": 13,
+}  # fmt: skip
+BEAMS = ("generation.num_beams", "generation.early_stopping", "generation.length_penalty")
+SAMPLING = ("generation.do_sample", "generation.temperature", "generation.top_p")
+
+
+def cell(notebook: str, *words: str) -> str:
+    """The source of the one code cell of a notebook that holds all of the words."""
+    cells = json.loads((NOTEBOOKS / f"{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
+    found = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+    found = [source for source in found if all(word in source for word in words)]
+    assert len(found) == 1, f"{notebook}: {len(found)} cells hold {words}"
+    return found[0]

@@ -1,0 +1,132 @@
+"""The published protocols, replayed: the split and its leak, the scored prompt, each defect on a row worked by hand."""
+
+import tomllib
+
+import pandas as pd
+import pytest
+import torch
+from transformers import DataCollatorForLanguageModeling, GenerationConfig
+
+from src import data, prompts, published, qlora, recipes, runs, scoring
+from src.analysis import tables
+from src.engine import decode
+from src.published import defects
+from tests.test_data import needs_mts
+
+ROOT = runs.ROOT
+ROW = prompts.Encoded("0", prompt_ids=[1, 5, 6], answer_ids=[7, 2], prompt_text="", answer_text="", cut_tokens=0)
+X = prompts.IGNORE
+
+
+def test_recipe_1_validates_on_rows_that_it_trains_on():
+    drawn, validation = published.recipe1_split([{}] * 1201)
+    assert len(drawn) == 1081 and validation == list(range(1081, 1201))
+    assert len(set(drawn) & set(validation)) == 108 and len(set(range(1201)) - set(drawn) - set(validation)) == 108
+
+
+@needs_mts
+def test_the_published_score_lies_between_rambling_and_silence():
+    recipe = recipes.load("mts_dialog")
+    data.prepare(recipe, progress=False)
+    rows = data.load_split(recipe, "train")
+    _, validation = published.recipe1_split(rows)
+    replayed = published.recipe1_protocol(rows, validation, published.official_tokenizer())
+    references = [rows[i]["summary"] for i in validation]
+    perfect, silent, rambling = (scoring.corpus(scoring.score_rows(p, references)) for p in replayed.values())
+    assert perfect["ROUGE-1"] == pytest.approx(0.306, abs=0.001)
+    assert silent["ROUGE-1"] == pytest.approx(0.194, abs=0.002)
+    for column, value in {"ROUGE-1": 0.1318, "ROUGE-2": 0.0456, "ROUGE-L": 0.0900}.items():  # as published
+        assert rambling[column] < value < silent[column] < perfect[column]
+
+
+def test_each_defect_does_to_a_row_what_it_says():
+    def seen(row):
+        return row.input_ids, row.labels
+
+    assert seen(ROW) == ([1, 5, 6, 7, 2], [X, X, X, 7, 2])
+    assert seen(defects.labels_from_prompt(ROW)) == ([1, 5, 6], [X, 5, 6])
+    assert seen(defects.loss_on_prompt(ROW)) == ([1, 5, 6, 7, 2], [X, 5, 6, 7, 2])
+    assert seen(defects.eos_unsupervised(ROW)) == ([1, 5, 6, 7], [X, X, X, 7])
+    assert seen(defects.bos_twice(ROW)) == ([1, 1, 5, 6, 7, 2], [X, X, X, X, 7, 2])
+    assert defects.eos_ends_prompt(ROW).prompt_ids == [1, 5, 6, 2]
+    both = published.DEFECTS["recipe 2 together"]
+    assert seen(both.train(ROW)) == ([1, 5, 6, 7, 2], [X, 5, 6, 7, 2]) and both.ask(ROW).prompt_ids == [1, 5, 6, 2]
+
+
+def test_transformers_collator_overwrites_labels_as_labels_from_prompt_says():
+    tokenizer = published.official_tokenizer()
+    prompt, summary = tokenizer("A: hello there\nSummary:")["input_ids"], tokenizer("A greeting.")["input_ids"]
+    batch = DataCollatorForLanguageModeling(tokenizer, mlm=False)([{"input_ids": prompt, "labels": summary}])
+    assert batch["labels"][0].tolist() == prompt
+    assert defects.labels_from_prompt(ROW).labels[1:] == ROW.prompt_ids[1:]  # the first label predicts nothing
+
+
+def test_right_padding_predicts_the_answer_from_a_pad_token(tiny_model, records):
+    recipe = recipes.load("demo", {"base_model": str(tiny_model)})
+    tokenizer = qlora.load_tokenizer(recipe)
+    model = qlora.load_base(recipe, tokenizer, torch.device("cpu")).eval()
+    rows = prompts.build_all(records, tokenizer, recipe.prompt)
+    width = max(map(len, rows["prompt_ids"])) + 1
+    answers = published.generate_right_padded(model, tokenizer, rows, GenerationConfig(max_new_tokens=1))
+    for row, answer in zip(rows, answers, strict=True):
+        prompt = row["prompt_ids"]
+        pads = width - len(prompt)
+        ids = torch.tensor([[*prompt, *[tokenizer.pad_token_id] * pads]])
+        mask = torch.tensor([[1] * len(prompt) + [0] * pads])
+        positions = torch.tensor([[*range(len(prompt)), *[len(prompt) - 1] * pads]])
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[0, -1]
+        assert answer == decode.answer(row, [logits.argmax().item()], tokenizer, [tokenizer.eos_token_id])
+
+
+def test_costs_by_hand():
+    scores = {"corrected": [0.5, 0.6, 0.7], "worse": [0.3, 0.4, 0.5]}
+    rows = [
+        {"defect": name, "seed": seed, "ROUGE-L": value, "ended by EOS": 0.5}
+        for name, values in scores.items()
+        for seed, value in enumerate(values)
+    ]
+    worse = published.costs(pd.DataFrame(rows)).loc["worse"]
+    # mean .4, standard deviation .1: 4.303 * .1 / sqrt(3) = .2484; every seed loses .2: an interval without width
+    assert worse["ROUGE-L"] == pytest.approx(0.4) and worse["ROUGE-L high"] == pytest.approx(0.4 + 0.2484, abs=1e-4)
+    for column in ("difference", "difference low", "difference high"):
+        assert worse[column] == pytest.approx(-0.2)
+
+
+def test_defects_that_train_alike_share_a_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "demo").symlink_to(ROOT / "data" / "demo")
+    data.prepare(recipes.load("demo"))
+    overrides = {"data.train_rows": 8, "data.validation_rows": 2, "evaluation.rows": 4, "device": "cpu"}
+    overrides |= {"generation.max_new_tokens": 4}
+    names = ("corrected", "prompt scored", "merged, unquantised", "base model", "rank 4")
+    measured = published.measure(overrides, (1,), {name: published.DEFECTS[name] for name in names})
+    assert set(measured["defect"]) == set(names) and measured["seed"].eq(1).all()
+    found = {run.config["recipe"]["name"]: run for run in runs.finished()}
+    assert set(found) == {"published-corrected", "published-rank_4"}
+    assert {name: run.config["identity"]["lora"]["r"] for name, run in found.items()} == {
+        "published-corrected": 16,
+        "published-rank_4": 4,
+    }
+    again = published.measure(overrides, (1,), {name: published.DEFECTS[name] for name in names})
+    pd.testing.assert_frame_equal(again, measured)  # found, not trained again
+
+
+def test_every_defect_but_the_controls_is_explained_and_measured():
+    prose = tomllib.loads(published.PROSE.read_text(encoding="utf-8"))
+    assert set(prose) == set(published.DEFECTS) - {"corrected", "base model"}
+    assert all({"source", "published", "corrected", "why"} == set(entry) for entry in prose.values())
+    table = pd.read_csv(ROOT / "outputs" / "published_recipes" / "defects.csv", index_col=0)
+    assert list(table.index) == list(published.DEFECTS)
+
+
+def test_the_readmes_figures_of_the_published_recipes_are_the_tables():
+    folder = ROOT / "outputs" / "published_recipes"
+    protocol = pd.read_csv(folder / "protocol.csv", index_col=0)["ROUGE-1"]
+    samsum = pd.read_csv(folder / "samsum.csv", index_col=0)["ROUGE-L stemmed"].str.split().str[0].astype(float)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for row in ("perfect (the reference)", "silent (nothing)", "published: recipe 1"):
+        assert f"{protocol[row]:.3f}".lstrip("0") in readme, row
+    assert samsum["published: recipe 2, base"] < samsum["LEAD-3"]  # "its base scores below the first three lines"
+    scores = tables.published("mts_dialog").iloc[0]
+    assert float(scores["ROUGE-1"]) == pytest.approx(protocol["published: recipe 1"], abs=5e-4)
