@@ -106,9 +106,9 @@ def before_and_after() -> str:
     rows = []
     for r in results("h100"):
         rate = f"{r['tok_s']:,}" if "tok_s" in r else f"{r['new_tok_s']:,} new"
-        code = {"89fec59": "the first build", "rooms": "this one"}.get(r.get("code"), "")
-        rows.append([r["setup"], code, rate, f"{r['peak_gib']:.1f}"])
-    return markdown(["setup", "code", "tokens/s", "peak GiB"], rows)
+        code = {"89fec59": "the first build", "rooms": "this one"}.get(r.get("code"), r.get("code", ""))
+        rows.append([r["setup"], code, rate, f"{r['peak_gib']:.1f}", r["call"]])
+    return markdown(["setup", "code", "tokens/s", "peak GiB", "call"], rows)
 
 
 BLOCKS = {  # file: {marker: what stands between <!-- marker --> and <!-- end -->}

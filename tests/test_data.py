@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import sys
 import tomllib
 
 import pytest
@@ -312,7 +313,7 @@ def test_missing_files_are_unpacked_from_the_archive(repository, monkeypatch):
         name = repository / file["name"]
         name.write_text(file["name"], encoding="utf-8")
         file["sha256"] = runs.sha256_file(folder / "corpus.7z" if file["name"] == "corpus.7z" else name)
-    monkeypatch.setattr(data, "source", lambda dataset: entry)
+    monkeypatch.setattr(sys.modules["src.data.prepare"], "source", lambda dataset: entry)
     (folder / "val.json").write_text("val.json", encoding="utf-8")  # placed by hand: stays
     files = data.source_files(recipes.load("samsum"))
     assert {split: path.read_text() for split, path in files.items()} == {
@@ -353,12 +354,12 @@ def test_load_gives_the_rows_of_the_recipe_as_datasets(repository):
     recipe = custom(repository, ROWS.replace("s7", "None"), overrides=limits)
     data.prepare(recipe)
     rows = data.load(recipe)
-    assert {split: len(part) for split, part in rows.items()} == {"train": 5, "validation": 1, "test": 2}
-    assert list(rows["train"]) == data.train_rows(recipe) and list(rows["test"]) == data.evaluation_rows(recipe)
+    assert {split: len(part) for split, part in rows.items()} == {"train": 5, "validation": 1, "evaluation": 2}
+    assert list(rows["train"]) == data.train_rows(recipe) and list(rows["evaluation"]) == data.evaluation_rows(recipe)
     assert set(rows["train"].column_names) == {"id", "section", "dialogue", "summary"}
     both = recipes.load("custom", {**limits, "data.train_file": "mine.csv", "evaluation.split": "validation"})
     assert list(data.load(both)["validation"]) == data.validation_rows(both)
-    assert len(data.evaluation_rows(both)) == 2
+    assert list(data.load(both)["evaluation"]) == data.evaluation_rows(both) and len(data.evaluation_rows(both)) == 2
 
 
 # ---------------------------------------------------------------- leaks

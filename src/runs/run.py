@@ -60,7 +60,7 @@ class Run:
     @property
     def base_commit(self) -> str | None:
         """The hub commit of the base model; None for a folder."""
-        base = self.config["identity"]["base"]
+        base = self.config["identity"].get("base")
         return base if isinstance(base, str) else None
 
     def recipe(self, overrides: dict | None = None) -> recipes.Recipe:

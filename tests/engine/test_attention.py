@@ -123,6 +123,14 @@ def test_rows_stay_apart_in_layers_of_attention(name):
     assert rows_stay_apart(model) and model.training
 
 
+def test_rows_that_are_numbered_as_one_are_not_packed(monkeypatch):
+    """A row keeps to itself there, and still gets other logits than alone, since its positions do not start again."""
+    model = tiny(transformers.OPTConfig)
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda position_ids=None, **said: forward(**said))
+    assert not rows_stay_apart(model)
+
+
 HYBRID = {
     "Mamba": {"state_size": 4},
     "Lfm2": {"layer_types": ["conv", "full_attention"]},

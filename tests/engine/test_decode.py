@@ -96,6 +96,7 @@ def test_decoding_without_padding_drops_rows_as_they_finish(model, tokenizer, ro
     assert answers() == plain
     prompts = sum(len(row["prompt_ids"]) for row in rows)
     trial = 12 + 5 + 12  # of two short rows, by which it is known that packed rows stay apart
+    assert len(sizes) > 5 and sum(sizes[3:5]) == prompts and min(sizes[3:5]) > 40
     # every token once: the prompts, then each row's answer without its last token
     assert sum(sizes) == trial + prompts + sum(answer["tokens"] - 1 for answer in plain)
     assert answers(late) == later

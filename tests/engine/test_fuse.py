@@ -1,6 +1,7 @@
 """Fused layers compute what PEFT's own compute: outputs, losses, gradients, and adapters after several steps."""
 
 import copy
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -11,6 +12,7 @@ from peft.tuners.lora import LoraLayer
 from src import engine
 from src.engine import fused
 from src.engine.batches import pack, pad
+from src.engine.elementwise import rotary
 from src.engine.lora import Group, checkpoint_contexts
 from src.engine.trainer import summed_loss
 from tests.engine.conftest import LINEAR, fill, random_rows, tiny, trainable, weights_of, with_adapter
@@ -197,9 +199,19 @@ def test_projections_of_different_inputs_are_computed_apart(load):
                     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_what_the_projections_share_is_let_go_after_the_last_one(load):
+    model, x = load(), torch.randn(1, 3, 64)
+    attention, gone = model.get_base_model().model.layers[0].self_attn, weakref.ref(x)
+    with torch.no_grad(), fused(model):
+        attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)
+        del x
+        assert gone() is None
+
+
 def test_fusing_a_fused_model_again_changes_nothing(load, tokenizer, rows):
     """Training answers samples inside of its own context, and generating enters another one."""
     model, batch = fill(load()), pad(list(rows)[:3], tokenizer.pad_token_id)
+    mistral = transformers.models.mistral.modeling_mistral
     plain, expected = gradients(model, batch)
     with fused(model) as outer:
         with fused(model) as inner, torch.inference_mode():
@@ -210,12 +222,11 @@ def test_fusing_a_fused_model_again_changes_nothing(load, tokenizer, rows):
         for parameter in trainable(model).values():
             parameter.data.div_(2)
         replaced = [module for module in model.modules() if "forward" in vars(module)]
-        assert len(replaced) == 15
+        assert len(replaced) == 15 and mistral.apply_rotary_pos_emb is rotary
         loss, found = gradients(model, batch)
     assert loss == pytest.approx(plain, rel=1e-5)
     assert_close(found, expected, rtol=2e-3, atol=2e-5)
     assert not any("forward" in vars(module) for module in model.modules())
-    mistral = transformers.models.mistral.modeling_mistral
     assert mistral.apply_rotary_pos_emb.__module__ == mistral.__name__
     with fused(model) as count:  # and it can be fused once more
         assert count == 15

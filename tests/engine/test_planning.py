@@ -211,6 +211,13 @@ def test_the_plan_gets_more_careful_as_memory_shrinks(on_gpu):
     assert on_gpu(139, memory_gib=16) == found[3]
 
 
+def test_of_what_fits_the_fastest_is_planned(on_gpu):
+    """In 24 GiB: 16-bit weights with checkpointing in one pass, rather than 4-bit weights without it in two."""
+    p, kept = on_gpu(24), on_gpu(24, checkpointing="off")
+    assert p == on_gpu(24, checkpointing="on") and (p.passes, p.dequantized) == (1, True)
+    assert (kept.passes, kept.dequantized) == (2, False) and p.minutes < kept.minutes
+
+
 def test_asked_settings_are_kept(on_gpu):
     assert on_gpu(139, checkpointing="on").checkpointing
     assert not on_gpu(139, fused="off").fused and not on_gpu(139, triton=False).fused
