@@ -471,6 +471,12 @@ def test_an_adapter_that_is_not_the_one_that_was_trained_is_refused(finished, fi
         qlora.load_finetuned(finished, recipe, qlora.load_tokenizer(recipe))
 
 
+def test_a_finished_run_that_lost_its_log_says_what_to_do(finished):
+    (finished.folder / "train_log.jsonl").unlink()
+    with pytest.raises(RunError, match=rf"outputs/{finished.name} has lost train_log.jsonl: delete the folder"):
+        opened()
+
+
 def test_a_plain_trainer_makes_the_same_run(root, usual):
     space = opened(plain=True)
     assert space["run"].name == usual

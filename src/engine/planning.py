@@ -26,7 +26,7 @@ SHARE_PLAIN = 0.45  # the same where layers run through PEFT's own forward
 DEQUANTIZE = 1.8e12  # bytes a second of turning NF4 into 16 bits, 2.5 bytes a weight
 LAUNCH_PLAIN, LAUNCH_4BIT = 0.21, 0.33  # seconds to launch a pass of 32 layers with 16-bit and 4-bit weights (H200)
 CPU_SHARE = 0.4  # of the CPU's matrix-product rate, demo model on two cores
-CPU_PASS = 60  # a forward pass on a CPU costs as much as this many tokens more (demo model on two cores)
+CPU_PASS = 90  # a forward pass on a CPU costs as much as this many tokens more (demo model on two cores)
 LAYERS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 

@@ -200,6 +200,8 @@ def open(recipe, trainer, prompt_template: dict) -> Run:
     write_atomic(run.folder / ".opened", now)  # "latest" is the one opened last
     if run.finished:
         run.check_adapter()
+        if not (run.folder / "train_log.jsonl").is_file():
+            raise runs.RunError(f"{relative(run.folder)} has lost train_log.jsonl: delete the folder and run 02 again.")
         run.unlock()
         return run
     config = {
