@@ -74,7 +74,8 @@ def test_the_base_is_small_enough_and_its_tokenizer_round_trips(splits):
 def test_a_shortened_run_learns_to_summarise(tmp_path, monkeypatch):
     """400 rows, 100 steps, 40 test rows: the gain of the full demo, at a seventh of its time.
 
-    MEASURED
+    The first build reached .773, .734 and .666 with seeds 42, 1 and 2 here, from .124: the gain of .45 leaves a margin.
+    With it, labels on the prompt gave .043, an unsupervised EOS .562 at 1.94 words a reference word.
     """
     monkeypatch.setattr(runs, "ROOT", tmp_path)
     (tmp_path / "data").mkdir()
