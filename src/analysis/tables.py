@@ -117,12 +117,6 @@ def runs_table(dataset: str, current=None) -> pd.DataFrame:
     return _evaluations(found, current).set_index("run")
 
 
-def evaluations_table(run, current=None) -> pd.DataFrame:
-    """One row for every evaluation of a run, oldest first, with the settings in which they differ."""
-    table = _evaluations([run], current).set_index("evaluation")
-    return table.drop(columns=["run", "steps", "minutes", "best validation loss"])
-
-
 def _evaluations(found: list, current) -> pd.DataFrame:
     rows, settings = [], []
     for run in found:

@@ -130,11 +130,12 @@ def test_evaluations_of_a_run_differ_in_split_and_decoding(make_run, make_evalua
     run = make_run()
     make_evaluation(run, "validation-0000000b", METRICS | {"split": "validation"}, day=4)
     beams = make_evaluation(run, "test-0000000c", generation={"max_new_tokens": 96, "num_beams": 4}, day=5)
-    table = tables.evaluations_table(run, beams)
-    assert list(table.index) == ["validation-0000000b", "test-0000000c (this one)"]
+    table = tables.runs_table("demo", beams)
+    assert table["evaluation"].tolist() == ["validation-0000000b", "test-0000000c (this one)"]
     assert table["split"].tolist() == ["validation", "test"] and table["generation.num_beams"].tolist() == ["", "4"]
     assert list(table.columns) == [
-        "date", "split", "n", "generation.num_beams", "base ROUGE-L", "ROUGE-1", "ROUGE-L", "sacreBLEU",
+        "evaluation", "date", "split", "n", "generation.num_beams", "steps", "minutes", "best validation loss",
+        "base ROUGE-L", "ROUGE-1", "ROUGE-L", "sacreBLEU",
     ]  # fmt: skip
 
 
