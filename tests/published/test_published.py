@@ -1,5 +1,6 @@
 """The published protocols, replayed: the split and its leak, the scored prompt, each defect on a row worked by hand."""
 
+import dataclasses
 import tomllib
 
 import pandas as pd
@@ -78,6 +79,39 @@ def test_right_padding_predicts_the_answer_from_a_pad_token(tiny_model, records)
         assert answer == decode.answer(row, [logits.argmax().item()], tokenizer, [tokenizer.eos_token_id])
 
 
+def test_teacher_forced_predictions_are_guesses_after_the_references_own_tokens(tiny_model, records):
+    recipe = recipes.load("demo", {"base_model": str(tiny_model)})
+    tokenizer = qlora.load_tokenizer(recipe)
+    model = qlora.load_base(recipe, tokenizer, torch.device("cpu")).eval()
+    rows = prompts.build_all(records, tokenizer, recipe.prompt)
+    for row, found in zip(rows, published.teacher_forced(model, tokenizer, rows), strict=True):
+        answer = [label for label in row["labels"] if label != X]
+        ids, guesses = list(row["prompt_ids"]), []
+        for token in answer:  # one at a time, as generation would, but the reference's token goes on
+            guesses.append(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item())
+            ids.append(token)
+        text = tokenizer.decode(guesses, skip_special_tokens=True).strip()
+        assert found == {"id": row["id"], "prediction": text, "stop": "reference", "tokens": len(answer)}
+
+
+def test_scoring_defects_by_hand():
+    rows = [dataclasses.replace(ROW, prompt_text="a b", answer_text="cat")]
+    given = [{"id": "0", "prediction": "act", "stop": "eos", "tokens": 2}]
+
+    def score(**flags):
+        return published.score(defects.Defect(**flags), given, rows)
+
+    assert (score()["ROUGE-1"], score()["ended by EOS"]) == (0, 1)
+    letters = score(letters_scored=True)  # a c t against c a t: the same letters, two of them in order
+    assert (letters["ROUGE-1"], letters["ROUGE-L"]) == (1, pytest.approx(2 / 3))
+    assert score(teacher_forced=True)["ended by EOS"] is None
+    given[0]["prediction"] = "cat"
+    assert score()["ROUGE-1"] == 1
+    assert score(prompt_scored=True)["ROUGE-1"] == pytest.approx(0.5)  # a b cat against cat: precision 1/3, recall 1
+    with pytest.raises(ValueError, match="1 answers that are not, in this order, to the 2 rows"):
+        published.score(defects.Defect(), given, rows * 2)
+
+
 def test_costs_by_hand():
     scores = {"corrected": [0.5, 0.6, 0.7], "worse": [0.3, 0.4, 0.5]}
     rows = [
@@ -99,7 +133,8 @@ def test_defects_that_train_alike_share_a_run(tmp_path, monkeypatch):
     data.prepare(recipes.load("demo"))
     overrides = {"data.train_rows": 8, "data.validation_rows": 2, "evaluation.rows": 4, "device": "cpu"}
     overrides |= {"generation.max_new_tokens": 4}
-    names = ("corrected", "prompt scored", "merged, unquantised", "base model", "rank 4")
+    names = ("corrected", "prompt scored", "merged, unquantised", "base model", "rank 4", "right-padded generation")
+    monkeypatch.setattr(defects, "BATCH", 3)  # of 4 rows: two batches
     measured = published.measure(overrides, (1,), {name: published.DEFECTS[name] for name in names})
     assert set(measured["defect"]) == set(names) and measured["seed"].eq(1).all()
     found = {run.config["recipe"]["name"]: run for run in runs.finished()}
@@ -110,11 +145,20 @@ def test_defects_that_train_alike_share_a_run(tmp_path, monkeypatch):
     }
     again = published.measure(overrides, (1,), {name: published.DEFECTS[name] for name in names})
     pd.testing.assert_frame_equal(again, measured)  # found, not trained again
+    given = published.answers(overrides, 1, {"prompt scored": published.DEFECTS["prompt scored"]})["prompt scored"]
+    assert len(runs.finished()) == 2  # alone it still finds the run of "corrected"
+    assert [set(answer) for answer in given] == [{"id", "prediction", "stop", "tokens"}] * 4
+    _, rows = published.encoded(recipes.load("demo", overrides))
+    scored = published.score(published.DEFECTS["prompt scored"], given, rows["evaluation"])
+    assert scored["ROUGE-L"] == measured.set_index("defect")["ROUGE-L"]["prompt scored"]
+    base = {name: published.DEFECTS[name] for name in ("base model", "teacher-forced scoring, base")}
+    assert published.measure(overrides, (1, 2), base)["seed"].tolist() == [1, 1]  # no seed in it
 
 
 def test_every_defect_but_the_controls_is_explained_and_measured():
     prose = tomllib.loads(published.PROSE.read_text(encoding="utf-8"))
-    assert set(prose) == set(published.DEFECTS) - {"corrected", "base model"}
+    controls = {"corrected", "base model"} | {name for name in published.DEFECTS if name.endswith(", base")}
+    assert len(controls) == 4 and set(prose) == set(published.DEFECTS) - controls
     assert all({"source", "published", "corrected", "why"} == set(entry) for entry in prose.values())
     table = pd.read_csv(ROOT / "outputs" / "published_recipes" / "defects.csv", index_col=0)
     assert list(table.index) == list(published.DEFECTS)
