@@ -55,7 +55,7 @@ def results(metrics: dict, columns=None, clean: bool = False) -> pd.DataFrame:
 def published(dataset: str) -> pd.DataFrame:
     """Published numbers for a dataset, each in the column of its own scorer. No rows for the demo and own data."""
     table = pd.read_csv(PUBLISHED, dtype=str, keep_default_na=False).set_index("system")
-    table = table[table["dataset"] == dataset].drop(columns="dataset")
+    table = table[table["dataset"] == dataset].drop(columns=["dataset", "source"])
     table = table.loc[:, [bool((table[column] != "").any()) for column in table]]
     scores = [column for column in table if column in scoring.COLUMNS]
     table[scores] = table[scores].map(lambda value: f"{Decimal(value):.3f}" if value else "")

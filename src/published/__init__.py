@@ -2,10 +2,12 @@
 
 Recipe 1 is Mistral-7B-v0.1 on MTS-Dialog (imsachinsingh00/DocBot_Mistral), recipe 2 Mistral-7B-Instruct-v0.2 on SAMSum
 (msznajder/mistral-7b-samsum-dialogue-summary-finetune). protocol.py needs the data alone; defects.py trains the
-demo's base, or another recipe's, with one defect at a time; costs.py compares what it measured.
+demo's base, or another recipe's, with one defect at a time; costs.py compares what it measured;
+contamination.py asks a base model whether it has read a text.
 """
 
-from src.published.costs import costs
+from src.published.contamination import continuation, memorised
+from src.published.costs import costs, holm
 from src.published.defects import (
     DEFECTS,
     PROSE,
@@ -28,7 +30,7 @@ from src.published.protocol import (
 )
 
 __all__ = [
-    "DEFECTS", "PROSE", "RECIPE2_TURN", "Defect", "answers", "costs", "encoded", "fine_tuned", "generate_right_padded",
-    "measure", "official_tokenizer", "recipe1_prompt", "recipe1_protocol", "recipe1_split", "recipe2_prompt", "score",
-    "teacher_forced",
+    "DEFECTS", "PROSE", "RECIPE2_TURN", "Defect", "answers", "continuation", "costs", "encoded", "fine_tuned",
+    "generate_right_padded", "holm", "measure", "memorised", "official_tokenizer", "recipe1_prompt",
+    "recipe1_protocol", "recipe1_split", "recipe2_prompt", "score", "teacher_forced",
 ]  # fmt: skip

@@ -6,12 +6,13 @@ import tomllib
 import pandas as pd
 import pytest
 import torch
-from transformers import DataCollatorForLanguageModeling, GenerationConfig
+from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, GenerationConfig
 
 from src import data, prompts, published, qlora, recipes, runs, scoring
 from src.analysis import tables
 from src.engine import decode
 from src.published import defects
+from src.published.costs import verdict as verdict_of
 from tests.test_data import needs_mts
 
 ROOT = runs.ROOT
@@ -112,18 +113,122 @@ def test_scoring_defects_by_hand():
         published.score(defects.Defect(), given, rows * 2)
 
 
-def test_costs_by_hand():
-    scores = {"corrected": [0.5, 0.6, 0.7], "worse": [0.3, 0.4, 0.5]}
-    rows = [
-        {"defect": name, "seed": seed, "ROUGE-L": value, "ended by EOS": 0.5}
+def by_seed(**scores):
+    """What `measure` returns, from {defect with _ for blanks: the scores of seeds 1, 2, ...}."""
+    return pd.DataFrame(
+        {"defect": name.replace("_", " "), "seed": seed, "ROUGE-L": value, "ended by EOS": 0.5}
         for name, values in scores.items()
-        for seed, value in enumerate(values)
-    ]
-    worse = published.costs(pd.DataFrame(rows)).loc["worse"]
-    # mean .4, standard deviation .1: 4.303 * .1 / sqrt(3) = .2484; every seed loses .2: an interval without width
-    assert worse["ROUGE-L"] == pytest.approx(0.4) and worse["ROUGE-L high"] == pytest.approx(0.4 + 0.2484, abs=1e-4)
-    for column in ("difference", "difference low", "difference high"):
-        assert worse[column] == pytest.approx(-0.2)
+        for seed, value in enumerate(values, 1)
+    )
+
+
+def test_costs_by_hand():
+    corrected = [0.5, 0.6, 0.7, 0.6, 0.6]
+    measured = by_seed(
+        corrected=corrected, base_model=[0.2], prompt_scored=[0.29, 0.4, 0.51], rank_4=[0.2, 0.3, 0.4],
+        EOS_unsupervised=[0.1, 0.6, 1.1], **{"teacher-forced_scoring,_base": [0.45]},
+    )  # fmt: skip
+    table = published.costs(measured)
+    assert list(table.index) == list(measured["defect"].unique())
+    assert table["seeds"].tolist() == [5, 0, 3, 3, 3, 0]
+    # mean .6, standard deviation sqrt(.02 / 4) = .0707: 2.776 * .0707 / sqrt(5) = .0878
+    assert table.at["corrected", "ROUGE-L high"] == pytest.approx(0.6878, abs=1e-4)
+    assert pd.isna(table.loc["corrected", ["difference", "p"]]).all() and table.at["corrected", "verdict"] == ""
+    # the base has no seeds: the difference is as wide as the corrected mean; no interval around it alone
+    base = table.loc["base model"]
+    assert base["difference"] == pytest.approx(-0.4) and base["difference high"] == pytest.approx(-0.3122, abs=1e-4)
+    assert pd.isna(base["ROUGE-L low"])
+    # the same adapter: paired over the seeds both have. -.21, -.20, -.19: 4.303 * .01 / sqrt(3) = .0248
+    paired = table.loc["prompt scored"]
+    assert [paired[c] for c in ("difference", "difference low")] == pytest.approx([-0.2, -0.2248], abs=1e-4)
+    # another adapter: Welch over all seeds. Standard error sqrt(.01 / 3 + .005 / 5) = .0658, degrees of freedom
+    # (.01 / 3 + .001)^2 / ((.01 / 3)^2 / 2 + .001^2 / 4) = 3.23, t = 3.06: -.3 +- .2014
+    welch = table.loc["rank 4"]
+    assert [welch[c] for c in ("difference", "difference high")] == pytest.approx([-0.3, -0.0986], abs=1e-3)
+    # variants of the base are compared with the base: two numbers, no chance in them
+    assert table.at["teacher-forced scoring, base", "difference"] == pytest.approx(0.25)
+    assert table["p"].isna().tolist() == [True, False, False, False, False, True]
+    assert table["verdict"].tolist() == ["", "costs", "costs", "costs", "uninformative", ""]
+    assert table.at["rank 4", "p"] == pytest.approx(2 * 0.0168, abs=1e-3)  # t = 4.56; the third of four
+
+
+def test_a_narrow_interval_around_zero_is_small_and_one_seed_says_nothing():
+    narrow = published.costs(by_seed(corrected=[0.5, 0.6, 0.7], merged=[0.5, 0.6, 0.7]).replace("merged", "own defect"))
+    assert narrow.at["own defect", "verdict"] == "uninformative"  # .1 apart within each: +-.23
+    close = by_seed(corrected=[0.599, 0.6, 0.601], rank_4=[0.6, 0.601, 0.602])
+    assert published.costs(close).at["rank 4", "verdict"] == "small"
+    one = published.costs(by_seed(corrected=[0.5], rank_4=[0.4], base_model=[0.1]))
+    assert one["difference"].tolist()[1:] == pytest.approx([-0.1, -0.4])
+    assert one[["ROUGE-L low", "difference low", "p"]].isna().all(axis=None) and set(one["verdict"]) == {""}
+    flatters = by_seed(corrected=[0.599, 0.6, 0.601], prompt_scored=[0.7, 0.7, 0.7])
+    assert published.costs(flatters).at["prompt scored", "verdict"] == "flatters"
+
+
+def test_verdicts_by_hand():
+    def verdict(low, high, p):
+        row = {"difference": (low + high) / 2, "difference low": low, "difference high": high, "p": p}
+        return verdict_of(row, corrected=0.5)
+
+    assert [verdict(-0.3, -0.1, 0.01), verdict(0.1, 0.3, 0.01), verdict(-0.3, 0.1, float("nan"))] == [
+        "costs", "flatters", "",
+    ]  # fmt: skip
+    assert [verdict(-0.3, -0.1, 0.06), verdict(0.1, 0.3, 0.06)] == ["perhaps costs", "perhaps flatters"]
+    assert [verdict(-0.05, 0.04, 0.9), verdict(-0.06, 0.04, 0.9), verdict(-0.04, 0.06, 0.9)] == [
+        "small", "uninformative", "uninformative",
+    ]  # fmt: skip
+
+
+def test_holm_by_hand():
+    p = pd.Series({"a": 0.01, "b": 0.04, "c": 0.03, "d": float("nan"), "e": 0.9})
+    # .01 * 4, .03 * 3, then .04 * 2 = .08 is below .09 and becomes it; .9 * 1
+    assert published.holm(p).round(6).tolist()[:3] == [0.04, 0.09, 0.09]
+    assert pd.isna(published.holm(p)["d"]) and published.holm(p)["e"] == 0.9
+
+
+def test_a_model_that_memorised_a_text_is_found(tiny_model, records):
+    recipe = recipes.load("demo", {"base_model": str(tiny_model)})
+    tokenizer = qlora.load_tokenizer(recipe)
+    known = [record["dialogue"] for record in records]
+    control = [" ".join(reversed(text.split())) for text in known]  # the same words
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    before = published.memorised(model, tokenizer, known, control)
+    assert before["p"] > 0.05
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(30):
+        for text in known:
+            ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(text)["input_ids"]]])
+            model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = published.memorised(model, tokenizer, known, control)
+    assert after["p"] == 1 / 20 and after["suspected"] > -0.5 > after["control"]  # the first of 6 over 3 ways to split
+    assert published.memorised(model, tokenizer, known, control, paired=True)["p"] == 1 / 8  # of 2^3 swaps
+    with pytest.raises(ValueError, match="'x' has 1 tokens: expected at least 4"):
+        published.continuation(model, tokenizer, ["x"])
+
+
+def test_continuation_by_hand(tiny_model):
+    recipe = recipes.load("demo", {"base_model": str(tiny_model)})
+    tokenizer = qlora.load_tokenizer(recipe)
+    model = qlora.load_base(recipe, tokenizer, torch.device("cpu")).eval()
+    ids = tokenizer("None, my left knee", add_special_tokens=False)["input_ids"]
+    n, expected = len(ids), []
+    for k in range(n - n // 2, n):  # one token at a time
+        logits = model(input_ids=torch.tensor([[tokenizer.bos_token_id, *ids[:k]]])).logits[0, -1]
+        expected.append(logits.log_softmax(-1)[ids[k]].item())
+    assert n >= 4
+    found = published.continuation(model, tokenizer, ["None, my left knee"])
+    assert found == pytest.approx(sum(expected) / len(expected), abs=1e-4)
+
+
+def test_anchors_that_are_stored_as_scores_say_where_from():
+    table = pd.read_csv(tables.PUBLISHED, dtype=str, keep_default_na=False)
+    assert (table["source"] != "").all() and table["system"].is_unique
+    again = table[table["source"].str.startswith("re-scored") & (table["dataset"] == "mts_dialog")]
+    assert len(again) == 15 and again["source"].str.contains(r"@[0-9a-f]{7}").all()
+    assert again["split"].value_counts().to_dict() == {"test1": 8, "test2": 4, "validation": 3}
+    capped = table[table["system"].str.contains("T5-(?:base|small)") & (table["dataset"] == "samsum")]
+    assert len(capped) == 3 and capped["system"].str.contains("cut at").all()
 
 
 def test_defects_that_train_alike_share_a_run(tmp_path, monkeypatch):
