@@ -205,8 +205,10 @@ def _answer(defect: Defect, model, recipe, tokenizer, rows: list) -> list[dict]:
         recipe = recipe.model_copy(update={"quantization": whole})
         model = merged(model, qlora.load_base(recipe, tokenizer, model.device))
     generation = GenerationConfig(max_new_tokens=recipe.generation.max_new_tokens)
-    generate = generate_right_padded if defect.right_padded else engine.generate
-    return generate(model, tokenizer, asked, generation, progress=False)
+    if defect.right_padded:
+        return generate_right_padded(model, tokenizer, asked, generation)
+    size = recipe.engine.batch_size
+    return engine.generate(model, tokenizer, asked, generation, batch_size=size, progress=False)
 
 
 def merged(model, base):
@@ -217,7 +219,7 @@ def merged(model, base):
 
 
 @torch.inference_mode()
-def generate_right_padded(model, tokenizer, rows, generation, progress=False) -> list[dict]:
+def generate_right_padded(model, tokenizer, rows, generation) -> list[dict]:
     """`engine.generate` with at least one pad token between every prompt and its answer."""
     config = decode.complete(generation, tokenizer, model)
     verbosity = transformers.logging.get_verbosity()
