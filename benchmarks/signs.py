@@ -2,8 +2,8 @@
 
     python benchmarks/signs.py     half a minute on a CPU; writes results/signs.json
 
-Needs MTS-Dialog's files (fetched if missing) and takes SAMSum's where they are. Two signs that were dropped are measured
-too: names of drugs (pip install drug-named-entity-recognition==2.0.9, not among the requirements) and lost negations.
+Needs MTS-Dialog's files (fetched if missing) and takes SAMSum's where they are. Two signs that were dropped are
+measured too: lost negations, and names of drugs (pip install drug-named-entity-recognition==2.0.9, no requirement).
 """
 
 import bz2

@@ -16,7 +16,7 @@ NUMBER_WORDS = [
     "twenty thirty forty fifty sixty seventy eighty ninety".split(),
 ]
 CHANGEABLE = re.compile(  # not the 2 of "2. Zocor"
-    rf"\b(?:\d{{1,4}}(?!\.\s)|{'|'.join(word for kind in NUMBER_WORDS for word in kind)})\b", re.I
+    rf"\b(?:(?!\d\.\s)\d{{1,4}}|{'|'.join(word for kind in NUMBER_WORDS for word in kind)})\b", re.I
 )
 
 
@@ -97,11 +97,11 @@ def speakers_swapped(record: dict) -> str | None:
     A speaker is what stands before the colon of a dialogue's line. None where the reference does not name two.
     """
     speakers = dict.fromkeys(re.findall(r"^([^:\n]+):", record["dialogue"], re.M))
-    named = [name for name in speakers if re.search(rf"\b{re.escape(name)}\b", record["summary"])][:2]
+    named = [name for name in speakers if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", record["summary"])][:2]
     if len(named) < 2:
         return None
     either = "|".join(re.escape(name) for name in sorted(named, key=len, reverse=True))  # "Ann Lee" before "Ann"
-    return re.sub(rf"\b(?:{either})\b", lambda name: named[name[0] == named[0]], record["summary"])
+    return re.sub(rf"(?<!\w)(?:{either})(?!\w)", lambda name: named[name[0] == named[0]], record["summary"])
 
 
 def number_changed(record: dict) -> str | None:

@@ -11,11 +11,12 @@ import re
 import numpy as np
 from text_to_num import alpha2digit
 
-ENUMERATOR = re.compile(r"(?:(?<=^)|(?<=[.\n]))\s*[1-9]\.(?=\s)")  # "1. Aspirin. 2. Zocor." holds no numbers
+ENUMERATOR = re.compile(r"(?:^\s*|(?<=\n)\s*|(?<=\.)\s+)[1-9]\.(?=\s)")  # "1. Aspirin. 2. Zocor." holds no numbers
 THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")  # the comma of 1,500
 DECADES = "twenties thirties forties fifties sixties seventies eighties nineties".split()  # from 20 on
 MONTHS = "january february march april may june july august september october november december".split()
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
+QUARTERS = {"quarter past": "15", "half past": "30", "quarter to": "45"}
 CLOCK = re.compile(r"\b(\d\d?):(\d\d)\b")
 TWO_PARTS = re.compile(r"(?<![\d.])(\d\d?) (\d\d(?:\.\d+)?)(?![\d/:])")  # "one twenty" is 1 20, "one o two" 1 02
 
@@ -38,7 +39,7 @@ def unsupported(summary: str, dialogue: str) -> set[str]:
     """Numbers of the summary that its dialogue lacks. Empty is no proof of a faithful summary.
 
     The dialogue is read generously: a month's name supports its number, 1988 supports 88 and 88 supports 1988,
-    and "two thirty" supports 2, 30 and 230.
+    "two thirty" supports 2, 30 and 230, and "quarter past" 15.
     """
     return set(_read(summary)[0] - _read(dialogue)[1])
 
@@ -57,6 +58,7 @@ def _read(text: str) -> tuple[frozenset[str], frozenset[str]]:
     known = stated | {_digits(number) for number in NUMBER.findall(text)}
     known |= {_digits(first + second) for first, second in TWO_PARTS.findall(text)}
     known |= {_digits(f"{hour}.{minute}") for hour, minute in CLOCK.findall(text)}  # 4:30 is written 4.30 too
+    known |= {minutes for spoken, minutes in QUARTERS.items() if spoken in text}
     known |= {str(n) for n, month in enumerate(MONTHS, 1) if re.search(rf"\b{month}\b", text)}
     for year in [number for number in known if re.fullmatch(r"(?:19|20)?\d\d|\d", number)]:
         known |= {_digits(year[2:])} if len(year) == 4 else {f"19{year:0>2}", f"20{year:0>2}"}
@@ -66,7 +68,7 @@ def _read(text: str) -> tuple[frozenset[str], frozenset[str]]:
 def _digits(number: str) -> str:
     """12.0 as 12, 2.50 as 2.5, 05 as 5; 120 stays."""
     whole, _, rest = number.partition(".")
-    return ".".join(filter(None, (str(int(whole)), rest.rstrip("0"))))
+    return ".".join(filter(None, (whole.lstrip("0") or "0", rest.rstrip("0"))))
 
 
 def novel_bigrams(summary: str, dialogue: str) -> float:
