@@ -76,6 +76,11 @@ def test_the_first_two_speakers_named_are_swapped(summary, swapped):
     assert baselines.speakers_swapped(record) == swapped
 
 
+def test_a_name_within_another_is_not_swapped():
+    record = {"dialogue": "Ann: x\nAnn Lee: y", "summary": "Ann Lee calls Ann."}
+    assert baselines.speakers_swapped(record) == "Ann calls Ann Lee."
+
+
 def test_names_with_signs_are_swapped_as_they_stand():
     record = {"dialogue": "A.J.: x\nMr. (B): y", "summary": "A.J met A.J. and Mr. (B)"}
     assert baselines.speakers_swapped(record) == "A.J met Mr. (B) and A.J."

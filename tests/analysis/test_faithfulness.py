@@ -33,7 +33,7 @@ from tests.test_data import needs_mts, needs_samsum
         ("500, 750 mg", {"500", "750"}),  # a list, no thousands
         ("12.0 mg, 007", {"12", "7"}),
         ("2.50 mg, 120/80, 100, L4-5", {"2.5", "120", "80", "100", "4", "5"}),
-        ("five and", {"5"}),
+        ("two tablets, and five and", {"2", "5"}),
         ("three hundred and", {"300"}),
         ("Patient: Twenty\nFive of them", {"20", "5"}),  # a number ends where its line ends
         ("9" * 5000, {"9" * 5000}),
