@@ -13,7 +13,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 SHOWN = ("ours_64gib", "unsloth_packed_16k", "ours_checkpointed", "unsloth_packed_16k_checkpointed", "hf_padded")
 
 
-def results(name: str) -> list[dict]:
+def results(name: str) -> list[dict] | dict:
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
@@ -101,6 +101,22 @@ def _job(r: dict) -> str:
     )
 
 
+def signs() -> str:
+    """The warning signs on references and against people, from results/signs.json."""
+    found = results("signs")
+    on, people = [], []
+    for r in found["references"]:
+        spoiled = f"{r['found']} of {r['spoiled']}" if "spoiled" in r else ""
+        on.append([r["sign"], r["dataset"], f"{r['flagged']} of {r['n']}", spoiled])
+    for r in found["people"]:
+        area = f"{r['AUC']:.2f} [{r['low']:.2f}, {r['high']:.2f}]"
+        flagged = [r["flagged"], f"{r['precision']:.2f}", f"{r['recall']:.2f}"] if "flagged" in r else ["", "", ""]
+        people.append([r["sign"], r["people"], area, *flagged, f"{r['base rate']:.3f}"])
+    header = ["sign", "people found", "AUC", "flagged", "precision", "recall", "base rate"]
+    first = markdown(["sign", "references of", "flagged", "spoiled ones found"], on)
+    return f"{first}\n\n{markdown(header, people)}"
+
+
 def before_and_after() -> str:
     """The first build beside this code, one after the other on one H100, from results/h100.json."""
     rows = []
@@ -113,7 +129,7 @@ def before_and_after() -> str:
 
 BLOCKS = {  # file: {marker: what stands between <!-- marker --> and <!-- end -->}
     "README.md": {"demo": demo, "speed": speed},
-    "benchmarks/README.md": {"h200": gpu, "h100": before_and_after, "cpu": cpu},
+    "benchmarks/README.md": {"h200": gpu, "h100": before_and_after, "cpu": cpu, "signs": signs},
 }
 
 

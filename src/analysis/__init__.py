@@ -1,1 +1,1 @@
-"""What notebooks 04 and 05 look with: baselines, tables, figures and pages. Only notebooks and tests import it."""
+"""What notebooks 04 and 05 look with: baselines, tables, figures, pages. benchmarks/signs.py measures a part of it."""

@@ -1,12 +1,23 @@
 """Summaries that no run of ours made: systems without a model, and what other systems and people wrote."""
 
 import math
+import random
+import re
 from collections import Counter, defaultdict
 
 import numpy as np
 
 from src import data, recipes, scoring
 from src.analysis.faithfulness import words
+
+NUMBER_WORDS = [
+    "two three four five six seven eight nine".split(),
+    "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split(),
+    "twenty thirty forty fifty sixty seventy eighty ninety".split(),
+]
+CHANGEABLE = re.compile(  # not the 2 of "2. Zocor"
+    rf"\b(?:(?!\d\.\s)\d{{1,4}}|{'|'.join(word for kind in NUMBER_WORDS for word in kind)})\b", re.I
+)
 
 
 def whole_dialogue(record: dict) -> str:
@@ -78,6 +89,57 @@ def without_model(records: list[dict], train: list[dict]) -> dict[str, list[str]
     if any(record["section"] for record in records):
         systems["stock answer of the section"] = stock_answers(records, train)
     return systems
+
+
+def speakers_swapped(record: dict) -> str | None:
+    """The reference with the first two speakers that it names exchanged: "Ann calls Bob" as "Bob calls Ann".
+
+    A speaker is what stands before the colon of a dialogue's line. None where the reference does not name two.
+    """
+    speakers = dict.fromkeys(re.findall(r"^([^:\n]+):", record["dialogue"], re.M))
+    named = [name for name in speakers if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", record["summary"])][:2]
+    if len(named) < 2:
+        return None
+    either = "|".join(re.escape(name) for name in sorted(named, key=len, reverse=True))  # "Ann Lee" before "Ann"
+    return re.sub(rf"(?<!\w)(?:{either})(?!\w)", lambda name: named[name[0] == named[0]], record["summary"])
+
+
+def number_changed(record: dict) -> str | None:
+    """The reference with one number, drawn with the record's id as seed, changed into another of its kind.
+
+    Kinds: the same but for its last two digits; two to nine; ten to nineteen; the tens. None without a number but 1.
+    """
+    text, draw = record["summary"], random.Random(record["id"])
+    found = [number for number in CHANGEABLE.finditer(text) if number[0] != "1"]
+    if not found:
+        return None
+    number = draw.choice(found)
+    old, kept, last = number[0].lower(), number[0][:-2], number[0][-2:]
+    if old.isdigit():
+        same = [kept + str(n) for n in range(max(2, 10 ** (len(last) - 1)), 10 ** len(last))]
+    else:
+        same = next(kind for kind in NUMBER_WORDS if old in kind)
+    new = draw.choice([other for other in same if other != old])
+    return text[: number.start()] + (new.capitalize() if number[0][0].isupper() else new) + text[number.end() :]
+
+
+def probes(records: list[dict], split: str) -> dict[str, tuple[str, list[str], list[str]]]:
+    """References made wrong, for the rows where that can be done: {name: (which rows, wrong, right)}.
+
+    A score that these keep is a score that a wrong summary can have. Scored like `other_systems`. A probe that can
+    change no row is left out.
+    """
+    found = {}
+    for name, change in (
+        ("references, two speakers swapped", speakers_swapped),
+        ("references, one number changed", number_changed),
+    ):
+        pairs = [(change(record), record["summary"]) for record in records]
+        pairs = [(wrong, right) for wrong, right in pairs if wrong is not None]
+        if pairs:
+            rows = f"{split}, {len(pairs)} of {len(records)} rows"
+            found[name] = (rows, [wrong for wrong, _ in pairs], [right for _, right in pairs])
+    return found
 
 
 def released_outputs(progress: bool = True) -> list[dict]:

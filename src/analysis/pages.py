@@ -65,7 +65,7 @@ def choose_rows(metrics: dict, count: int = 3, seed: int = 0) -> dict[str, list[
 
 
 def side_by_side(metrics: dict, predictions: dict[str, list[dict]], chosen: dict[str, list[int]]) -> str:
-    """HTML of dialogues with base, fine-tuned and reference summary. Unsupported numbers and drugs are marked."""
+    """HTML of dialogues with base, fine-tuned and reference summary. Unsupported numbers are marked."""
     groups = {}
     for group, numbers in chosen.items():
         rows = []

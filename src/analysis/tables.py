@@ -82,7 +82,7 @@ def paired(metrics: dict) -> pd.DataFrame:
 
 
 def text(metrics: dict) -> pd.DataFrame:
-    """Lengths in words, novelty, unsupported facts and how answers ended, one row a system; shares as percentages."""
+    """Lengths in words, novelty, unsupported numbers and how answers ended, one row a system; shares as percentages."""
 
     def cell(name: str, value: float | None) -> str:
         if value is None or value != value:  # not every system was generated

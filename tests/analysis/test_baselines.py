@@ -1,5 +1,6 @@
 """Systems without a model by hand, and the published files' known scores."""
 
+import re
 import time
 
 import pytest
@@ -55,6 +56,83 @@ def test_others_are_scored_on_their_own_rows():
     assert (found["split"], found["n"]) == ("all", 2)
     assert found["all"]["ROUGE-1"] == {"value": 0.5, "low": None, "high": None}
     assert baselines.other_systems(recipes.load("demo")) == {}
+
+
+@pytest.mark.parametrize(
+    ("summary", "swapped"),
+    [
+        ("Ann calls Bob. Bob thanks Ann.", "Bob calls Ann. Ann thanks Bob."),
+        ("Bob's mother likes Ann", "Ann's mother likes Bob"),
+        ("Ann Lee tells Bob about Ann", "Bob tells Ann Lee about Ann"),  # the second Ann is no speaker here
+        ("Ann Lee and Cy wait for Bob", "Bob and Cy wait for Ann Lee"),  # the first two who speak, of three
+        ("Annabel calls Bob", None),  # names one of them
+        ("ann calls Bob", None),
+        ("They meet", None),
+    ],
+)
+def test_the_first_two_speakers_named_are_swapped(summary, swapped):
+    first = "Ann Lee" if "Ann Lee" in summary else "Ann"
+    record = {"dialogue": f"{first}: hi Dan: x\nBob: hello\n{first}: bye\nCy: me too", "summary": summary}
+    assert baselines.speakers_swapped(record) == swapped
+
+
+def test_a_name_within_another_is_not_swapped():
+    record = {"dialogue": "Ann: x\nAnn Lee: y", "summary": "Ann Lee calls Ann."}
+    assert baselines.speakers_swapped(record) == "Ann calls Ann Lee."
+
+
+def test_names_with_signs_are_swapped_as_they_stand():
+    record = {"dialogue": "A.J.: x\nMr. (B): y", "summary": "A.J met A.J. and Mr. (B)"}
+    assert baselines.speakers_swapped(record) == "A.J met Mr. (B) and A.J."
+
+
+@pytest.mark.parametrize(
+    ("summary", "pattern"),
+    [
+        ("Takes 5 mg.", r"Takes [2-46-9] mg\."),
+        ("Takes 57 mg.", r"Takes (?!57)[1-9]\d mg\."),
+        ("In 1984. He came", r"In 19(?!84)[1-9]\d\. He came"),  # the last two digits
+        ("Six months", "(Two|Three|Four|Five|Seven|Eight|Nine) months"),
+        ("for twenty days", "for (thirty|forty|fifty|sixty|seventy|eighty|ninety) days"),
+        ("1. Zocor 2. Aspirin 40 mg", r"1\. Zocor 2\. Aspirin (?!40)[1-9]\d mg"),
+    ],
+)
+def test_one_number_changes_into_another_of_its_kind(summary, pattern):
+    changed = [baselines.number_changed({"id": str(i), "summary": summary}) for i in range(40)]
+    assert changed == [baselines.number_changed({"id": str(i), "summary": summary}) for i in range(40)]
+    assert {bool(re.fullmatch(pattern, text or summary)) for text in changed} == {True}
+
+
+def test_only_one_of_two_numbers_changes_and_which_depends_on_the_id():
+    texts = {baselines.number_changed({"id": str(i), "summary": "5 or 7"}) for i in range(99)}
+    assert {text[0] == "5" for text in texts} == {True, False}
+    assert all((text[0] == "5") != (text[-1] == "7") for text in texts)
+    assert baselines.number_changed({"id": "1", "summary": "one of 1 patient"}) is None
+
+
+def test_probes_hold_the_rows_that_can_be_changed():
+    records = [
+        {"id": "1", "dialogue": "Ann: x\nBob: y", "summary": "Ann calls Bob"},
+        {"id": "2", "dialogue": "Ann: x\nBob: y", "summary": "They talk"},
+    ]
+    assert baselines.probes(records, "test") == {
+        "references, two speakers swapped": ("test, 1 of 2 rows", ["Bob calls Ann"], ["Ann calls Bob"])
+    }
+    scored = baselines.score_others(baselines.probes(records, "test"), seed=0)["references, two speakers swapped"]
+    assert scored["n"] == 1 and scored["all"]["ROUGE-1"]["value"] == 1  # the words are the same
+    assert scored["all"]["ROUGE-L"]["value"] == pytest.approx(1 / 3)  # one word in order: P = R = 1/3
+    assert baselines.probes(records[1:], "test") == {}
+
+
+@needs_samsum
+def test_a_wrong_speaker_costs_one_percent_of_rouge_1():
+    recipe = recipes.load("samsum")
+    data.prepare(recipe, progress=False)
+    split, wrong, right = baselines.probes(data.evaluation_rows(recipe), "test")["references, two speakers swapped"]
+    scores = scoring.corpus(scoring.score_rows(wrong, right))
+    assert split == "test, 619 of 819 rows" and len(wrong) == 619
+    assert [round(scores[c], 3) for c in ("ROUGE-1", "ROUGE-L")] == [0.987, 0.864]  # review/numbers.md
+    assert round(scores["sacreBLEU"], 1) == 79.8
 
 
 @needs_mts
