@@ -4,11 +4,12 @@ import math
 import random
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 from rouge_score import rouge_scorer
-from sacrebleu.metrics import BLEU
+from sacrebleu.metrics import BLEU, CHRF
 from sacrebleu.significance import PairedTest
 from scipy import stats
 
@@ -34,7 +35,7 @@ def test_bleu_counts_are_prediction_against_reference():
     # "the the the" against "the cat": 1 clipped match of 3 unigrams, 0 of 2 bigrams; lengths 3 and 2.
     # Swapped it would be 1 of 2 and 0 of 1.
     matches, totals, lengths = [1, 0, 0, 0], [3, 2, 1, 0], [3, 2]
-    assert scoring.score_rows(["the the the"], ["the cat"])["counts"][0].tolist() == matches + totals + lengths
+    assert scoring.score_rows(["the the the"], ["the cat"])["counts"][0, :10].tolist() == matches + totals + lengths
 
 
 def test_stemmer_and_sentence_lines_by_hand():
@@ -67,6 +68,95 @@ def test_bleu_equals_sacrebleu_called_directly():
     assert values["sacreBLEU"] == pytest.approx(BLEU().corpus_score(predictions, [references]).score, abs=1e-9)
     plain = BLEU(smooth_method="none").corpus_score(predictions, [references]).score
     assert values["BLEU (0-1)"] == pytest.approx(plain / 100, abs=1e-9) and plain > 0
+
+
+def test_bleu_and_chrf_of_any_rows_are_sacrebleus():
+    predictions, references = (
+        texts(1, 40) + ["", "", "xy"],
+        texts(2, 40) + ["", "knees", ""],
+    )  # empty and one-word texts
+    rows = scoring.score_rows(predictions, references)
+    rng, smoothed = random.Random(0), 0
+    for size in [1] * 43 + [2, 3, 5, 20, 43] * 10:
+        chosen = [rng.randrange(43) for _ in range(size)] if size > 1 else [smoothed % 43]
+        smoothed += 1
+        one, other = [predictions[i] for i in chosen], [[references[i] for i in chosen]]
+        found = scoring.corpus(rows, chosen)
+        assert found["sacreBLEU"] == pytest.approx(BLEU().corpus_score(one, other).score, abs=1e-9)
+        assert found["chrF"] == pytest.approx(CHRF().corpus_score(one, other).score, abs=1e-9)
+    draws = scoring.resamples(43, 0)
+    drawn = scoring.distribution(rows, draws)
+    for column, values in drawn.items():
+        by_one = [scoring.corpus(rows, draw)[column] for draw in draws[:50]]
+        np.testing.assert_allclose(values[:50], by_one, atol=1e-9)
+
+
+def test_chrf_by_hand():
+    # "abc" against "abcd": characters 3 of 3 and 3 of 4, pairs 2 of 2 and 2 of 3, triples 1 of 1 and 1 of 2; the four
+    # letters have a 4-gram that "abc" lacks: it does not count. P = 1, R = (3/4 + 2/3 + 1/2) / 3 = 23/36
+    recall = 23 / 36
+    expected = 100 * 5 * recall / (4 + recall)  # F2: recall twice the weight
+    assert scoring.corpus(scoring.score_rows(["abc"], ["abcd"]))["chrF"] == pytest.approx(expected)
+    swapped = scoring.corpus(scoring.score_rows(["abcd"], ["abc"]))["chrF"]
+    assert swapped == pytest.approx(100 * 5 * recall / (4 * recall + 1))
+
+
+def test_intervals_and_tests_of_a_large_split_take_a_moment():
+    rows = scoring.score_rows(texts(1, 819), texts(2, 819))
+    start = time.process_time()
+    scoring.with_intervals(rows, np.arange(819), 0)
+    assert time.process_time() - start < 2  # 0.1 s
+
+
+def seeds_of(rng, count, n, seed_sd, row_sd=0.2, noise_sd=0.05):
+    """Scores of `count` seeds on n rows around 0.5: seed + row + what is left, each normal."""
+    effects = rng.normal(0, seed_sd, count)[:, None] + rng.normal(0, row_sd, n) + rng.normal(0, noise_sd, (count, n))
+    return [scored(0.5 + values) for values in effects]
+
+
+def test_over_seeds_is_the_two_intervals_combined():
+    # three seeds whose rows differ by a constant: rows as in one interval, seeds Student's t of -0.1, 0, 0.1
+    values = mixed(100, 0.3, 0.1) * 0.5 + 0.2
+    rows = [scored(values + shift) for shift in (-0.1, 0, 0.1)]
+    found = scoring.over_seeds(rows, seed=0)["ROUGE-L"]
+    alone = scoring.with_intervals(rows[1], np.arange(100), 0)["ROUGE-L"]
+    assert found["value"] == pytest.approx(values.mean()) and found["sd"] == pytest.approx(0.1)
+    seeds = 4.3027 * 0.1 / 3**0.5  # t of two degrees of freedom
+    assert found["low"] == pytest.approx(found["value"] - np.hypot(alone["value"] - alone["low"], seeds), abs=1e-4)
+    assert found["high"] == pytest.approx(found["value"] + np.hypot(alone["high"] - alone["value"], seeds), abs=1e-4)
+    same = scoring.over_seeds([rows[1]] * 3, seed=0)["ROUGE-L"]
+    assert same["sd"] == pytest.approx(0) and same["low"] == pytest.approx(alone["low"])
+
+
+def test_over_seeds_scores_every_column_and_stays_on_the_scale():
+    rows = [scoring.score_rows(texts(s, 60), texts(9, 60)) for s in (1, 2)]
+    found = scoring.over_seeds(rows, seed=0)
+    by_seed = [scoring.corpus(scored_rows) for scored_rows in rows]
+    assert set(found) == set(scoring.COLUMNS)
+    for column, score in found.items():
+        assert score["value"] == pytest.approx((by_seed[0][column] + by_seed[1][column]) / 2)
+        assert score["sd"] == pytest.approx(abs(by_seed[0][column] - by_seed[1][column]) / 2**0.5)
+        assert (
+            0 <= score["low"] < score["value"] < score["high"] <= (100 if "BLEU" in column or column == "chrF" else 1)
+        )
+    few = [{column: values[:9] for column, values in scored_rows.items()} for scored_rows in rows]
+    assert all(score["low"] is None and score["sd"] >= 0 for score in scoring.over_seeds(few, 0).values())
+    apart = scoring.over_seeds([scored(mixed(60, 0.9, 0)), scored(mixed(60, 0, 0.9))], 0)["ROUGE-L"]
+    assert (apart["low"], apart["high"]) == (0, 1)  # two seeds so far apart say nothing
+
+
+@pytest.mark.parametrize("sizes", [(60,), (60, 59)])
+def test_over_seeds_needs_two_seeds_with_the_same_rows(sizes):
+    with pytest.raises(ValueError, match="expected the same rows for at least two seeds"):
+        scoring.over_seeds([scored(mixed(n, 0.3, 0.1)) for n in sizes], 0)
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+@pytest.mark.parametrize("seed_sd", [0.0, 0.02, 0.1])
+def test_the_interval_over_seeds_holds_the_mean_of_all_seeds_and_rows(count, seed_sd):
+    rng = np.random.default_rng(count)
+    found = [scoring.over_seeds(seeds_of(rng, count, 50, seed_sd), 0)["ROUGE-L"] for _ in range(400)]
+    assert np.mean([score["low"] <= 0.5 <= score["high"] for score in found]) > 0.92
 
 
 def test_unsmoothed_bleu_is_the_published_formula():
@@ -269,6 +359,7 @@ def test_clean_rows_are_clean_and_sections_are_sections():
     assert metrics["per_row"]["finetuned"]["ROUGE-L"] == [1, 0] * 12
     assert set(metrics["settings"]["columns"]) == set(tuned["all"])
     assert "version:" in metrics["settings"]["sacrebleu signature"]
+    assert metrics["settings"]["chrF signature"].startswith("nrefs:1|case:mixed|eff:yes|nc:6|nw:0")
 
 
 def test_all_rows_clean_or_all_unclean_need_no_second_score():

@@ -16,7 +16,8 @@ MAY_IMPORT = {  # room or file of src: what of src it may import beside itself
     "runs": {"recipes"},
     "data": {"recipes", "runs"},
     "prompts": {"recipes", "runs"},
-    "scoring": {"recipes", "runs"},
+    "intervals": {"metrics"},
+    "scoring": {"recipes", "runs", "intervals"},
     "qlora": {"recipes", "runs", "data", "prompts", "scoring", "engine"},
     "run": {"recipes", "runs", "analysis"},  # analysis for its last words, see below
     "metrics": set(),
