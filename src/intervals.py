@@ -161,8 +161,19 @@ def _swap_test(one: dict, two: dict, observed: dict[str, float], seed: int) -> d
     tolerance = {column: abs(value) * (1 - 1e-9) for column, value in observed.items()}
     p = {c: (int((np.abs(values) >= tolerance[c]).sum()) + 1) / (DRAWS + 1) for c, values in drawn.items()}
     if n <= EXACT:
-        sums = rows[:1]  # one sign of the first row is enough: the other half of the swaps mirrors this one
-        for row in rows[1:]:
-            sums = np.concatenate([sums + row, sums - row])
-        p |= {c: float((np.abs(sums[:, i] / n) >= tolerance[c]).mean()) for i, c in enumerate(columns)}
+        p |= {c: _exact(rows[:, i], n * tolerance[c]) for i, c in enumerate(columns)}
     return p
+
+
+def _exact(differences: np.ndarray, least: float) -> float:
+    """The share of all 2^n sums of +-differences that are `least` or more in size, from the sums of two halves."""
+    halves = []
+    for half in np.array_split(differences, 2):
+        sums = np.zeros(1)
+        for value in half:
+            sums = np.concatenate([sums + value, sums - value])
+        halves.append(sums)
+    one, other = halves[0], np.sort(halves[1])
+    above = len(other) - np.searchsorted(other, least - one)
+    below = np.searchsorted(other, -least - one, side="right")
+    return min(1.0, float((above + below).sum()) / 2 ** len(differences))  # a sum of 0 counts twice if `least` is 0

@@ -65,7 +65,22 @@ def score_rows(predictions: list[str], references: list[str]) -> dict[str, np.nd
     return {column: np.array(values) for column, values in rouge.items()} | {"counts": counts}
 
 
-def evaluate(records: list[dict], systems: dict[str, list[str]], unclean: set[str], seed: int) -> dict:
+def bertscore(predictions: list[str], references: list[str], model: str) -> tuple[np.ndarray, str]:
+    """BERTScore F1 of every row, not rescaled, and bert-score's own name for model, layer and versions."""
+    try:
+        from bert_score import score
+    except ImportError:
+        raise ModuleNotFoundError(
+            f"evaluation.bertscore_model is {model!r}, and the package bert-score is not installed: "
+            "`pip install bert-score`, or leave the field out."
+        ) from None
+    (_, _, f1), signature = score(predictions, references, model_type=model, return_hash=True)
+    return f1.double().numpy(), signature
+
+
+def evaluate(
+    records: list[dict], systems: dict[str, list[str]], unclean: set[str], seed: int, bertscore_model: str | None = None
+) -> dict:
     """Score every system on all rows, on the clean rows (whose id is not in `unclean`) and by section.
 
     Returns {"n", "n_clean", "systems": {name: {"all", "clean", "sections"}}, "paired", "per_row", "settings"}.
@@ -79,9 +94,13 @@ def evaluate(records: list[dict], systems: dict[str, list[str]], unclean: set[st
     for i, record in enumerate(records):
         if record["section"]:
             sections[record["section"]].append(i)
-    rows, scores = {}, {}
-    for name, predictions in systems.items():
-        rows[name] = score_rows(predictions, references)
+    rows, scores, signature = {name: score_rows(texts, references) for name, texts in systems.items()}, {}, None
+    if bertscore_model:  # in one call, so that the model is loaded once
+        texts = [prediction for predictions in systems.values() for prediction in predictions]
+        values, signature = bertscore(texts, references * len(systems), bertscore_model)
+        for name, part in zip(systems, np.split(values, len(systems)), strict=True):
+            rows[name]["BERTScore F1"] = part
+    for name in systems:
         means = {column: rows[name][column] for column in ("ROUGE-1", "ROUGE-L")}
         scores[name] = {"clean": None} | {part: with_intervals(rows[name], i, seed) for part, i in parts.items()}
         scores[name]["sections"] = {
@@ -100,7 +119,7 @@ def evaluate(records: list[dict], systems: dict[str, list[str]], unclean: set[st
             for name in ("base", "finetuned")
             if name in rows
         },
-        "settings": settings(seed),
+        "settings": settings(seed, signature),
     }
 
 
@@ -114,12 +133,13 @@ def _warn_of_other_alphabets(references: list[str]):
         )
 
 
-def settings(seed: int) -> dict:
+def settings(seed: int, bertscore_signature: str | None = None) -> dict:
     """The scorer, version and signature behind every column, and how intervals and p-values are made."""
+    columns = COLUMNS | ({"BERTScore F1": f"bert-score, {bertscore_signature}"} if bertscore_signature else {})
     signatures = [metric(f"summary_{m}").compute(predictions=["a"], references=["a"])["signature"] for m in COUNTED]
     versions = {name: importlib.metadata.version(name) for name in ("rouge-score", "sacrebleu", "evaluate", "scipy")}
     return {
-        "columns": COLUMNS,
+        "columns": columns,
         "sacrebleu signature": signatures[0],
         "chrF signature": signatures[1],
         "versions": versions,

@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -387,3 +388,39 @@ def test_scores_tables_figures_and_pages_import_no_torch():
     imports = ", ".join(f"src.{name}" for name in [*modules.split(), "analysis.faithfulness"])
     code = f"import sys, {imports}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=runs.ROOT).returncode == 0
+
+
+def fake_bert_score(monkeypatch, calls):
+    """A stand-in for the package: F1 is 1 for an equal text, else 0.25. No real weights were ever loaded here."""
+    import torch
+
+    def score(candidates, references, model_type, return_hash):
+        calls.append((len(candidates), model_type))
+        f1 = torch.tensor([1.0 if c == r else 0.25 for c, r in zip(candidates, references, strict=True)])
+        return (f1 * 0, f1 * 0, f1), f"{model_type}_L40_no-idf_version=0.3.12"
+
+    monkeypatch.setitem(sys.modules, "bert_score", types.SimpleNamespace(score=score))
+
+
+def test_bertscore_is_a_column_that_names_its_model(monkeypatch):
+    records = [{"id": str(i), "section": "", "dialogue": f"d {i}", "summary": f"s {i}"} for i in range(12)]
+    systems = {"base": ["x"] * 12, "finetuned": [record["summary"] for record in records]}
+    calls = []
+    fake_bert_score(monkeypatch, calls)
+    metrics = scoring.evaluate(records, systems, set(), 0, bertscore_model="some/model")
+    assert calls == [(24, "some/model")]
+    found = {name: system["all"]["BERTScore F1"]["value"] for name, system in metrics["systems"].items()}
+    assert found == {"base": 0.25, "finetuned": 1}
+    assert metrics["paired"]["finetuned minus base"]["all"]["BERTScore F1"]["p"] == 2 / 2**12
+    assert "some/model_L40_no-idf_version=0.3.12" in metrics["settings"]["columns"]["BERTScore F1"]
+    without = scoring.evaluate(records, systems, set(), 0)
+    assert (
+        "BERTScore F1" not in without["systems"]["base"]["all"] and "BERTScore F1" not in without["settings"]["columns"]
+    )
+    assert len(calls) == 1
+
+
+def test_bertscore_without_its_package_is_an_error_that_names_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bert_score", None)
+    with pytest.raises(ModuleNotFoundError, match="bertscore_model is 'some/model', and the package bert-score is not"):
+        scoring.bertscore(["a"], ["a"], "some/model")
