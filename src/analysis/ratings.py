@@ -167,17 +167,17 @@ def _mark(path: Path, name: str, column: str, cell: str) -> bool:
 
 
 def share(count: int, n: int) -> str:
-    """`40% [25, 58]`: a share of n in percent with Wilson's 95% interval; none where n is under scoring.FEW."""
+    """`40% [25, 58] of 30`: a share of n with Wilson's 95% interval; without one where n is under scoring.FEW."""
     if n == 0:
         return "not rated"
     if n < scoring.FEW:
-        return f"{count / n:.0%}"
+        return f"{count / n:.0%} of {n}"
     low, high = stats.binomtest(count, n).proportion_ci(method="wilson")
-    return f"{count / n:.0%} [{100 * low:.0f}, {100 * high:.0f}]"
+    return f"{count / n:.0%} [{100 * low:.0f}, {100 * high:.0f}] of {n}"
 
 
 def summary(ratings: list[dict]) -> pd.DataFrame:
-    """One row a column of the sheet: each system's share of rated answers, and the second minus the first, paired.
+    """One row a column of the sheet: who read, each system's share of rated answers, the second minus the first.
 
     The difference is of the rows whose two answers are rated, n pairs, in percentage points, with the 95% interval of
     Agresti and Min (2005) and p by McNemar's exact test; neither for fewer than scoring.FEW pairs.
@@ -188,18 +188,17 @@ def summary(ratings: list[dict]) -> pd.DataFrame:
         answers[line["system"]][line["row"]] = line
     first, second = answers.values()
     both = [(first[row], second[row]) for row in first if row in second]
-    table = {}
+    reader, table = next((line["reader"] for line in rated), "nobody"), {}
     for column in MEANING:
         shares = {
-            f"{LABELS.get(system, system)} (n={len(lines)})": share(sum(a[column] for a in lines.values()), len(lines))
+            LABELS.get(system, system): share(sum(a[column] for a in lines.values()), len(lines))
             for system, lines in answers.items()
         }
         lost, won = (sum(a[column] and not b[column] for a, b in pairs) for pairs in (both, [p[::-1] for p in both]))
         tested = {"pairs": len(both), "difference": _difference(lost, won, len(both))}
         p = stats.binomtest(won, won + lost).pvalue if won + lost else 1.0
-        table[column] = shares | tested | {"p": p_value(p if len(both) >= scoring.FEW else None)}
-    reader = next((line["reader"] for line in rated), "nobody")
-    return pd.DataFrame.from_dict(table, orient="index").rename_axis(f"read by {reader}")
+        table[column] = {"reader": reader} | shares | tested | {"p": p_value(p if len(both) >= scoring.FEW else None)}
+    return pd.DataFrame.from_dict(table, orient="index").rename_axis("what was read")
 
 
 def _difference(lost: int, won: int, n: int) -> str:
