@@ -17,6 +17,7 @@ from src.intervals import (  # noqa: F401  used elsewhere as scoring.with_interv
     EXACT,
     FEW,
     METHODS,
+    POOLED,
     SMALL,
     corpus,
     distribution,

@@ -130,7 +130,7 @@ def test_over_seeds_is_the_two_intervals_combined():
 
 
 def test_over_seeds_scores_every_column_and_stays_on_the_scale():
-    rows = [scoring.score_rows(texts(s, 60), texts(9, 60)) for s in (1, 2)]
+    rows = [scoring.score_rows(texts(s, 100), texts(9, 100)) for s in (1, 2)]
     found = scoring.over_seeds(rows, seed=0)
     by_seed = [scoring.corpus(scored_rows) for scored_rows in rows]
     assert set(found) == set(scoring.COLUMNS)
@@ -204,6 +204,22 @@ def test_bounds_over_50_rows_are_scipys_percentile_bootstrap():
     assert found["high"] - found["low"] == pytest.approx(3.92 * 0.00645, rel=0.15)
 
 
+@pytest.mark.parametrize("column", ["sacreBLEU", "chrF"])
+def test_bounds_of_bleu_and_chrf_are_scipys_bca_bootstrap(column):
+    references = [r or "well" for r in texts(2, n=120)]
+    rng = random.Random(1)
+    predictions = [" ".join(w for w in r.split() if rng.random() < rng.choice([0.4, 0.95])) for r in references]
+    rows = scoring.score_rows(predictions, references)
+    theirs = stats.bootstrap(
+        (np.arange(120),), lambda chosen: scoring.corpus(rows, chosen.astype(int))[column], method="BCa",
+        n_resamples=4000, vectorized=False, rng=0,
+    ).confidence_interval  # fmt: skip
+    found = _all(rows, 120)[column]
+    assert (found["low"], found["high"]) == pytest.approx(tuple(theirs), abs=0.07 * (theirs.high - theirs.low))
+    percentiles = np.quantile(scoring.distribution(rows, scoring.resamples(120, 0))[column], [0.025, 0.975])
+    assert (found["low"], found["high"]) != pytest.approx(tuple(percentiles), rel=1e-3)
+
+
 def test_bounds_of_10_to_50_rows_are_scipys_t_interval_with_the_ends_of_the_scale():
     for n in (10, 50):
         values = mixed(n, 0.3, 0.1)
@@ -238,10 +254,14 @@ def test_few_or_equal_rows_have_no_interval():
     assert _all(equal, 40)["ROUGE-1"] == {"value": 1, "low": None, "high": None}
     varied = scoring.score_rows(texts(1, 40), texts(2, 40))
     assert _all(varied, 40)["ROUGE-1"]["low"] is not None
-    assert _all(varied, 40)["sacreBLEU"]["low"] is None  # pooled counts of few rows: no interval that holds is known
-    varied = scoring.score_rows(texts(1, 60), texts(2, 60))
-    found = _all(varied, 60)["sacreBLEU"]
-    assert found["low"] < found["value"] < found["high"]
+    more = scoring.score_rows(texts(1, 100), texts(2, 100))
+    for column in ("sacreBLEU", "chrF", "BLEU (0-1)"):
+        assert _all(varied, 40)[column]["low"] is None  # pooled counts of few rows: no interval that holds is known
+        assert _all({c: values[:99] for c, values in more.items()}, 99)[column]["low"] is None
+        found = _all(more, 100)[column]
+        assert found["low"] < found["value"] < found["high"]
+    nothing = scoring.score_rows(["x"] * 100, ["y"] * 100)
+    assert _all(nothing, 100)["sacreBLEU"] == {"value": 0, "low": 0, "high": 0}
 
 
 def _all(rows, n):
@@ -257,13 +277,13 @@ def test_one_seed_gives_one_interval_whatever_the_other_columns():
 
 
 def test_systems_share_their_draws_so_equal_errors_cancel():
-    rows = scoring.score_rows(texts(1), texts(2))  # 60 rows, as varied as rows are
+    rows = scoring.score_rows(texts(1, 100), texts(2, 100))  # as varied as rows are
     better = {column: values + 0.125 for column, values in rows.items() if column != "counts"}
-    test = scoring.paired_test(rows, better | {"counts": rows["counts"]}, np.arange(60), seed=0)
+    test = scoring.paired_test(rows, better | {"counts": rows["counts"]}, np.arange(100), seed=0)
     assert test["ROUGE-L"] == pytest.approx({"difference": 0.125, "low": 0.125, "high": 0.125, "p": 1 / 1001})
     assert test["sacreBLEU"] == {"difference": 0, "low": 0, "high": 0, "p": 1}
-    apart = scoring.with_intervals(better, np.arange(60), 0)["ROUGE-L"]
-    assert apart["high"] - apart["low"] > 0.05  # each alone is far from certain
+    apart = scoring.with_intervals(better, np.arange(100), 0)["ROUGE-L"]
+    assert apart["high"] - apart["low"] > 0.04  # each alone is far from certain
 
 
 def test_paired_test_sees_a_difference_and_none():
@@ -335,8 +355,8 @@ def test_our_resamples_counted_as_sacrebleu_counts_give_its_p_value():
     before, after = (scoring.distribution(rows, draws)["sacreBLEU"] for rows in (one, two))
     drawn = np.abs(after - before)
     assert (drawn - drawn.mean() > ours["difference"]).mean() == pytest.approx(theirs["BLEU"][1].p_value, abs=0.06)
-    low, high = np.quantile(after - before, [0.025, 0.975])
-    assert (ours["low"], ours["high"]) == (low, high)
+    low, high = np.quantile(after - before, [0.025, 0.975])  # BCa's bounds lie near the percentiles
+    assert (ours["low"], ours["high"]) == pytest.approx((low, high), abs=0.15 * (high - low))
 
 
 def test_clean_rows_are_clean_and_sections_are_sections():

@@ -89,7 +89,7 @@ def test_imports_go_one_way():
 
 
 def test_nothing_but_notebooks_and_tests_imports_analysis():
-    allowed = {"src/run.py"}  # for its last words
+    allowed = {"src/run.py", "benchmarks/coverage.py"}  # for its last words; for real summaries to draw rows from
     importing = {
         name(path)
         for path in [*SOURCES, *sorted((ROOT / "benchmarks").glob("*.py")), *sorted((ROOT / "data").rglob("*.py"))]
