@@ -4,10 +4,13 @@ import csv
 import json
 import re
 
+import pandas as pd
 import pytest
 from scipy import stats
 
+from src import runs
 from src.analysis import ratings
+from tests.cells import cell
 
 TEXTS = ["=1+1", "+cmd", "-2 mg", "@SUM(A1)", "\tx", "'Tis well.", "'=x", "", "two\nlines", 'He said "no", twice.', "ü"]
 N = 12
@@ -45,7 +48,7 @@ def mark(path, key, marks, reader="A. Reader (person)", **save_as):
     lines[1]["reader"] = reader
     for line in lines[1:]:
         about = key["lines"][line["sheet id"]]
-        line.update(marks(int(about["row"][1:]), about["system"]))
+        line.update(marks(int(re.search(r"\d+", about["row"])[0]), about["system"]))
     return save(path, lines, **save_as)
 
 
@@ -235,3 +238,20 @@ def test_wilson_covers_small_shares():
         low, high, _ = re.findall(r"\d+", ratings.share(int(count), 30).partition("[")[2])
         found.append(int(low) <= 10 <= int(high))
     assert 0.92 < sum(found) / len(found) < 0.99
+
+
+def test_the_cells_of_04_write_a_sheet_and_read_it_back(make_run, make_evaluation, capsys):
+    run = make_run()
+    evaluation, shown = make_evaluation(run), []
+    values = {"run": run, "evaluation": evaluation, "predictions": evaluation.predictions, "seed": 42, "RATED": 30}
+    values |= {"ratings": ratings, "runs": runs, "pd": pd, "display": lambda *tables: shown.extend(tables)}
+    for words in (("ratings.draw(",), ("ratings.filled(",)):
+        exec(cell("04_compare", *words), values)
+    out = capsys.readouterr().out
+    folder = "outputs/demo-00000001/evaluations/test-0000000a/ratings"
+    assert f"6 answers to 3 dialogues in {folder}/sheet-q" in out and "Nobody has read this sheet yet" in out
+    assert len(shown) == 1 and list(shown[0].columns)[0] == "how to fill" and shown[0].shape[1] == 3  # two answers
+    mark(values["sheet_path"], values["key"], lambda row, system: {"faithful": "1" if system == "finetuned" else "0"})
+    exec(cell("04_compare", "ratings.filled("), values)
+    assert capsys.readouterr().out == ""
+    assert shown[1].loc["faithful", ["base", "fine-tuned"]].tolist() == ["0% of 3", "100% of 3"]
