@@ -121,7 +121,8 @@ def coverage() -> str:
 
     def cell(shares):
         known = [share for share in shares if share is not None]
-        return f"{100 * min(known):.0f}-{100 * max(known):.0f}%" if known else "none"
+        low, high = (f"{100 * bound:.0f}" for bound in (min(known, default=0), max(known, default=0)))
+        return "none" if not known else f"{low}%" if low == high else f"{low}-{high}%"
 
     columns = ("ROUGE", "sacreBLEU", "chrF")
     kinds = ("interval of a score", "interval of a difference", "p < .05 of equal systems")
