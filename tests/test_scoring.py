@@ -14,7 +14,7 @@ from sacrebleu.metrics import BLEU, CHRF
 from sacrebleu.significance import PairedTest
 from scipy import stats
 
-from src import runs, scoring
+from src import intervals, runs, scoring
 
 WORDS = "the patient denies fever running runs pain knees chest for two weeks daily. He is no better! 10 mg".split()
 
@@ -218,6 +218,17 @@ def test_bounds_of_bleu_and_chrf_are_scipys_bca_bootstrap(column):
     assert (found["low"], found["high"]) == pytest.approx(tuple(theirs), abs=0.07 * (theirs.high - theirs.low))
     percentiles = np.quantile(scoring.distribution(rows, scoring.resamples(120, 0))[column], [0.025, 0.975])
     assert (found["low"], found["high"]) != pytest.approx(tuple(percentiles), rel=1e-3)
+
+
+def test_bca_of_a_skewed_sample_is_scipys():
+    values = np.exp(1.5 * np.random.default_rng(0).normal(size=40))  # the acceleration moves both bounds far upwards
+    draws = np.random.default_rng(1).integers(0, 40, (100_000, 40))
+    drawn, without = values[draws].mean(1), (values.sum() - values) / 39
+    theirs = stats.bootstrap((values,), np.mean, method="BCa", n_resamples=100_000, rng=0).confidence_interval
+    width = theirs.high - theirs.low
+    assert intervals._bca(drawn, values.mean(), without) == pytest.approx(tuple(theirs), abs=0.02 * width)
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    assert low < theirs.low - 0.04 * width and high < theirs.high - 0.1 * width
 
 
 def test_bounds_of_10_to_50_rows_are_scipys_t_interval_with_the_ends_of_the_scale():
