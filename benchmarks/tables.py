@@ -127,9 +127,40 @@ def before_and_after() -> str:
     return markdown(["setup", "code", "tokens/s", "peak GiB", "call"], rows)
 
 
+def coverage() -> str:
+    """How often intervals hold the truth and p errs, from results/coverage.json: lowest to highest over systems."""
+    found = {}
+    for r in results("coverage"):
+        key = (r["n"], r["seeds"]) if "seeds" in r else (r["n"], None)
+        column = r["column"] if r["column"] in ("sacreBLEU", "chrF") else "ROUGE"
+        found.setdefault(key, {}).setdefault((r["kind"], column), []).append(r["share"])
+
+    def cell(shares):
+        known = [share for share in shares if share is not None]
+        low, high = (f"{100 * bound:.0f}" for bound in (min(known, default=0), max(known, default=0)))
+        return "none" if not known else f"{low}%" if low == high else f"{low}-{high}%"
+
+    columns = ("ROUGE", "sacreBLEU", "chrF")
+    kinds = ("interval of a score", "interval of a difference", "p < .05 of equal systems")
+    names = [f"{kind}, {c}" for kind in ("score", "difference", "p < .05") for c in columns]
+    by_rows = [
+        [n, *(cell(cells.get((kind, c), [])) for kind in kinds for c in columns)]
+        for (n, seeds), cells in sorted(found.items(), key=lambda item: item[0][0])
+        if seeds is None
+    ]
+    by_seeds = [
+        [seeds, n, *(cell(cells.get(("interval over seeds", c), [])) for c in columns)]
+        for (n, seeds), cells in sorted(found.items(), key=lambda item: (item[0][1] or 0, item[0][0]))
+        if seeds
+    ]
+    return "\n\n".join([markdown(["n", *names], by_rows), markdown(["seeds", "n", *columns], by_seeds)])
+
+
 BLOCKS = {  # file: {marker: what stands between <!-- marker --> and <!-- end -->}
     "README.md": {"demo": demo, "speed": speed},
-    "benchmarks/README.md": {"h200": gpu, "h100": before_and_after, "cpu": cpu, "signs": signs},
+    "benchmarks/README.md": {
+        "h200": gpu, "h100": before_and_after, "cpu": cpu, "signs": signs, "coverage": coverage,
+    },  # fmt: skip
 }
 
 

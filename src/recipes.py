@@ -99,6 +99,9 @@ class Generation(Section):
 class Evaluation(Section):
     split: str = "test"  # the split that 03 scores: validation or test; MTS-Dialog has test1 and test2
     rows: Count | None = None  # the first n rows of it; None: all
+    # MEDIQA-Chat's is microsoft/deberta-xlarge-mnli; its ranks are the mean of ROUGE-1, BERTScore and BLEURT-20, which
+    # is not computed here.
+    bertscore_model: Annotated[str, Field(min_length=1)] | None = None  # a hub id; None: BERTScore is not computed
 
 
 class Engine(Section):  # how a machine computes: never changes which run it is, nor the rows of a step

@@ -1,6 +1,6 @@
-"""ROUGE and BLEU of every row and of a whole split, with intervals and paired tests.
+"""ROUGE, BLEU and chrF of every row and of a whole split, with intervals and paired tests.
 
-ROUGE comes from rouge-score and BLEU from sacrebleu, through the local `evaluate` modules in src/metrics.
+ROUGE comes from rouge-score, BLEU's and chrF's counts from sacrebleu, through the `evaluate` modules in src/metrics.
 A *system* is a list of predictions, one for each row of the evaluation split.
 """
 
@@ -11,12 +11,23 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
 
-DRAWS = 1000  # bootstrap samples behind an interval, and random swaps behind a p-value
-FEW = 10  # rows; fewer have no interval and no p-value
-EXACT = 20  # rows; up to here, p-values of row means count all 2^n swaps
-SMALL = 50  # rows; up to here, intervals are Student's t and not the bootstrap, which would be too short
+from src.intervals import (  # noqa: F401  used elsewhere as scoring.with_intervals and so on
+    DRAWS,
+    EXACT,
+    FEW,
+    METHODS,
+    POOLED,
+    SMALL,
+    corpus,
+    distribution,
+    over_seeds,
+    paired_test,
+    resamples,
+    with_intervals,
+)
+
+COUNTED = ("bleu", "chrf")  # metrics of pooled counts
 COLUMNS = {  # column: what computes it, on which scale
     "ROUGE-1": "rouge-score, F1 0-1, no stemmer (MEDIQA-Chat's official setting)",
     "ROUGE-2": "as ROUGE-1; 0 for a one-word reference, even for a perfect answer",
@@ -26,15 +37,8 @@ COLUMNS = {  # column: what computes it, on which scale
     "ROUGE-L stemmed": "as ROUGE-1 stemmed",
     "ROUGE-Lsum stemmed": "rouge-score, F1 0-1, Porter stemmer, one sentence a line (the SAMSum literature's R-L)",
     "sacreBLEU": "sacrebleu corpus BLEU, 0-100",
+    "chrF": "sacrebleu corpus chrF2, 0-100: character 1- to 6-grams, recall twice the weight of precision",
     "BLEU (0-1)": "corpus BLEU without smoothing, 0-1, 13a tokens (evaluate's `bleu`, as recipe 1 prints it)",
-}
-METHODS = {  # how intervals and two-sided p-values are made, by the number of rows
-    "interval, over 50 rows": f"percentile bootstrap over rows, {DRAWS} draws that all systems share, 95%",
-    "interval, 10 to 50 rows": "Student's t over the rows and two more: 0 and 1 for a score, -0.5 and 0.5 for a "
-    "difference; 95%, covers 95-100% on real rows; none for BLEU, none for rows that are all equal",
-    "interval and p, under 10 rows": "none",
-    "p, over 20 rows": f"approximate randomisation, {DRAWS} draws: the systems' answers to a row are swapped at random",
-    "p, 10 to 20 rows": "exact: all 2^n swaps; for BLEU as over 20 rows",
 }
 
 
@@ -49,135 +53,35 @@ def metric(name: str):
 def score_rows(predictions: list[str], references: list[str]) -> dict[str, np.ndarray]:
     """Score every row: an array of n values for each ROUGE column, and "counts".
 
-    "counts" is n x 10: BLEU's matches of 1- to 4-grams, their totals, and prediction and reference length in tokens.
+    "counts" is n x 28, to be summed over rows: BLEU's matches of 1- to 4-grams, their totals, prediction's and
+    reference's length in tokens; then chrF's characters n-grams of prediction, reference and both, for n from 1 to 6.
     """
     if len(predictions) != len(references) or not references:
         raise ValueError(
             f"{len(predictions)} predictions for {len(references)} references: expected the same number, at least one."
         )
     rouge = metric("summary_rouge").compute(predictions=predictions, references=references)
-    bleu = metric("summary_bleu").compute(predictions=predictions, references=references)
-    return {column: np.array(values) for column, values in rouge.items()} | {"counts": np.array(bleu["counts"])}
+    counted = [metric(f"summary_{name}").compute(predictions=predictions, references=references) for name in COUNTED]
+    counts = np.concatenate([np.array(found["counts"]) for found in counted], axis=1)
+    return {column: np.array(values) for column, values in rouge.items()} | {"counts": counts}
 
 
-def bleu(counts: np.ndarray, smooth: bool) -> float:
-    """Corpus BLEU (0-100) from summed counts (10 values), with sacrebleu's default smoothing (exp) or without."""
-    from sacrebleu.metrics import BLEU
-
-    total, method = [int(count) for count in counts], "exp" if smooth else "none"
-    return BLEU.compute_bleu(total[:4], total[4:8], total[8], total[9], smooth_method=method).score
-
-
-def corpus(rows: dict[str, np.ndarray], chosen=slice(None)) -> dict[str, float]:
-    """Score the chosen rows together: the mean of the rows for ROUGE, the pooled counts for BLEU."""
-    values = {column: float(rows[column][chosen].mean()) for column in rows if column != "counts"}
-    if "counts" in rows:
-        counts = rows["counts"][chosen].sum(0)
-        values |= {"sacreBLEU": bleu(counts, True), "BLEU (0-1)": bleu(counts, False) / 100}
-    return values
+def bertscore(predictions: list[str], references: list[str], model: str) -> tuple[np.ndarray, str]:
+    """BERTScore F1 of every row, not rescaled, and bert-score's own name for model, layer and versions."""
+    try:
+        from bert_score import score
+    except ImportError:
+        raise ModuleNotFoundError(
+            f"evaluation.bertscore_model is {model!r}, and the package bert-score is not installed: "
+            "`pip install bert-score`, or leave the field out."
+        ) from None
+    (_, _, f1), signature = score(predictions, references, model_type=model, return_hash=True)
+    return f1.double().numpy(), signature
 
 
-def resamples(n: int, seed: int) -> np.ndarray:
-    """DRAWS x n row numbers drawn with replacement: the same for every system, so that differences are paired."""
-    return np.random.default_rng(seed).integers(0, n, (DRAWS, n))
-
-
-def distribution(rows: dict[str, np.ndarray], draws: np.ndarray) -> dict[str, np.ndarray]:
-    """Every score of `corpus` on every draw: an array of DRAWS values for each column."""
-    values = {column: rows[column][draws].mean(1) for column in rows if column != "counts"}
-    if "counts" in rows:
-        values |= _bleu_columns(rows["counts"][draws].sum(1))
-    return values
-
-
-def _bleu_columns(counts: np.ndarray) -> dict[str, np.ndarray]:
-    """Both BLEU columns for each of DRAWS x 10 summed counts."""
-    plain = np.array([bleu(total, False) for total in counts])
-    return {"sacreBLEU": np.array([bleu(total, True) for total in counts]), "BLEU (0-1)": plain / 100}
-
-
-def _percentiles(drawn: dict[str, np.ndarray]) -> dict[str, tuple[float, float]]:
-    """The middle 95% of the drawn values of each column."""
-    return {column: tuple(np.quantile(values, [0.025, 0.975]).tolist()) for column, values in drawn.items()}
-
-
-def _student(rows: dict[str, np.ndarray], extra: tuple[float, float]) -> dict[str, tuple[float, float]]:
-    """95% intervals for the means of 10 to 50 rows; no entry for other columns, fewer rows and rows that are all equal.
-
-    Where many rows are 0 and few are 1 (one-word references), 10 rows seldom show both, and Student's t alone covers
-    68-88%. Two `extra` rows, one scale apart, make up for that, as in the "plus four" interval of a proportion.
-    """
-    intervals = {}
-    for column, values in rows.items():
-        if column != "counts" and len(values) >= FEW and np.ptp(values) > 1e-9:
-            more = np.append(values, extra)
-            half = stats.t.ppf(0.975, len(more) - 1) * more.std(ddof=1) / np.sqrt(len(more))
-            intervals[column] = (float(more.mean() - half), float(more.mean() + half))
-    return intervals
-
-
-def with_intervals(rows: dict[str, np.ndarray], chosen: np.ndarray, seed: int) -> dict[str, dict]:
-    """Score the chosen rows with 95% intervals: {column: {"value", "low", "high"}}; METHODS says which kind.
-
-    `low` and `high` are None where no interval holds.
-    """
-    part = {column: values[chosen] for column, values in rows.items()}
-    if len(chosen) > SMALL:
-        intervals = _percentiles(distribution(part, resamples(len(chosen), seed)))
-    else:
-        intervals = {column: (max(low, 0.0), min(high, 1.0)) for column, (low, high) in _student(part, (0, 1)).items()}
-    scores = {}
-    for column, value in corpus(part).items():
-        low, high = intervals.get(column, (None, None))
-        scores[column] = {"value": value, "low": low, "high": high}
-    return scores
-
-
-def paired_test(first: dict, second: dict, chosen: np.ndarray, seed: int) -> dict[str, dict]:
-    """Second minus first on the chosen rows: {column: {"difference", "low", "high", "p"}}; METHODS says how.
-
-    p is two-sided: the share of swaps whose difference is at least as large as the one observed.
-    `low`, `high` and `p` are None where there are too few rows.
-    """
-    one, two = ({column: values[chosen] for column, values in rows.items()} for rows in (first, second))
-    before, after = corpus(one), corpus(two)
-    if len(chosen) > SMALL:
-        draws = resamples(len(chosen), seed)
-        base, other = distribution(one, draws), distribution(two, draws)
-        intervals = _percentiles({column: other[column] - base[column] for column in before})
-    else:
-        intervals = _student({column: two[column] - one[column] for column in one}, (-0.5, 0.5))
-    differences = {column: after[column] - before[column] for column in before}
-    p_values = _swap_test(one, two, differences, seed) if len(chosen) >= FEW else {}
-    tests = {}
-    for column, difference in differences.items():
-        low, high = intervals.get(column, (None, None))
-        tests[column] = {"difference": difference, "low": low, "high": high, "p": p_values.get(column)}
-    return tests
-
-
-def _swap_test(one: dict, two: dict, observed: dict[str, float], seed: int) -> dict[str, float]:
-    """Two-sided p-values: how often a difference as large as `observed` comes from swapping the systems within rows."""
-    columns = [column for column in one if column != "counts"]
-    rows = np.stack([two[column] - one[column] for column in columns], axis=1)  # n x columns
-    n = len(rows)
-    swapped = np.random.default_rng(seed).integers(0, 2, (DRAWS, n))
-    drawn = dict(zip(columns, ((1 - 2 * swapped) @ rows / n).T, strict=True))
-    if "counts" in one:
-        moved = swapped @ (two["counts"] - one["counts"])  # DRAWS x 10
-        base, other = (_bleu_columns(c) for c in (one["counts"].sum(0) + moved, two["counts"].sum(0) - moved))
-        drawn |= {column: other[column] - base[column] for column in base}
-    tolerance = {column: abs(value) * (1 - 1e-9) for column, value in observed.items()}
-    p = {c: (int((np.abs(values) >= tolerance[c]).sum()) + 1) / (DRAWS + 1) for c, values in drawn.items()}
-    if n <= EXACT:
-        sums = rows[:1]  # one sign of the first row is enough: the other half of the swaps mirrors this one
-        for row in rows[1:]:
-            sums = np.concatenate([sums + row, sums - row])
-        p |= {c: float((np.abs(sums[:, i] / n) >= tolerance[c]).mean()) for i, c in enumerate(columns)}
-    return p
-
-
-def evaluate(records: list[dict], systems: dict[str, list[str]], unclean: set[str], seed: int) -> dict:
+def evaluate(
+    records: list[dict], systems: dict[str, list[str]], unclean: set[str], seed: int, bertscore_model: str | None = None
+) -> dict:
     """Score every system on all rows, on the clean rows (whose id is not in `unclean`) and by section.
 
     Returns {"n", "n_clean", "systems": {name: {"all", "clean", "sections"}}, "paired", "per_row", "settings"}.
@@ -191,9 +95,13 @@ def evaluate(records: list[dict], systems: dict[str, list[str]], unclean: set[st
     for i, record in enumerate(records):
         if record["section"]:
             sections[record["section"]].append(i)
-    rows, scores = {}, {}
-    for name, predictions in systems.items():
-        rows[name] = score_rows(predictions, references)
+    rows, scores, signature = {name: score_rows(texts, references) for name, texts in systems.items()}, {}, None
+    if bertscore_model:  # in one call, so that the model is loaded once
+        texts = [prediction for predictions in systems.values() for prediction in predictions]
+        values, signature = bertscore(texts, references * len(systems), bertscore_model)
+        for name, part in zip(systems, np.split(values, len(systems)), strict=True):
+            rows[name]["BERTScore F1"] = part
+    for name in systems:
         means = {column: rows[name][column] for column in ("ROUGE-1", "ROUGE-L")}
         scores[name] = {"clean": None} | {part: with_intervals(rows[name], i, seed) for part, i in parts.items()}
         scores[name]["sections"] = {
@@ -212,7 +120,7 @@ def evaluate(records: list[dict], systems: dict[str, list[str]], unclean: set[st
             for name in ("base", "finetuned")
             if name in rows
         },
-        "settings": settings(seed),
+        "settings": settings(seed, signature),
     }
 
 
@@ -226,13 +134,15 @@ def _warn_of_other_alphabets(references: list[str]):
         )
 
 
-def settings(seed: int) -> dict:
+def settings(seed: int, bertscore_signature: str | None = None) -> dict:
     """The scorer, version and signature behind every column, and how intervals and p-values are made."""
-    signature = metric("summary_bleu").compute(predictions=["a"], references=["a"])["signature"]
+    columns = COLUMNS | ({"BERTScore F1": f"bert-score, {bertscore_signature}"} if bertscore_signature else {})
+    signatures = [metric(f"summary_{m}").compute(predictions=["a"], references=["a"])["signature"] for m in COUNTED]
     versions = {name: importlib.metadata.version(name) for name in ("rouge-score", "sacrebleu", "evaluate", "scipy")}
     return {
-        "columns": COLUMNS,
-        "sacrebleu signature": signature,
+        "columns": columns,
+        "sacrebleu signature": signatures[0],
+        "chrF signature": signatures[1],
         "versions": versions,
         "methods": METHODS,
         "draws": DRAWS,

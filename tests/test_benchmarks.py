@@ -3,12 +3,13 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 from transformers import MistralConfig, TrainingArguments
 
-from benchmarks import speed, tables
-from src import recipes
+from benchmarks import coverage, speed, tables
+from src import recipes, scoring
 from src.engine import planning
 
 RESULTS = {name: tables.results(name) for name in ("h200",)}
@@ -97,3 +98,52 @@ def test_results_hold_every_field_of_a_plan():
     for name, results in RESULTS.items():
         plans = [json.dumps(sorted(r["plan"])) for r in results if "plan" in r]
         assert plans and set(plans) == {json.dumps(sorted(fields))}, name
+
+
+def test_every_interval_that_is_printed_holds_the_truth_in_nine_of_ten_draws():
+    found = tables.results("coverage")
+    shares = {
+        kind: [r for r in found if r["kind"].startswith(kind) and r["share"] is not None] for kind in ("int", "p")
+    }
+    assert len(shares["int"]) > 150 and len(shares["p"]) > 50
+    assert {r["n"] for r in found} == set(coverage.SIZES) and {r.get("seeds") for r in found} == {None, 2, 3, 5}
+    short = [r for r in shares["int"] if r["share"] < 0.9]
+    assert not short, short
+    wrong = [r for r in shares["p"] if not 0.02 < r["share"] < 0.08]
+    assert not wrong, wrong
+    # and where intervals are none, the code prints none
+    printed = {(r["column"], r["n"]) for r in shares["int"] if "seeds" not in r}
+    for column, least in (("ROUGE-1", scoring.FEW), ("ROUGE-L", scoring.FEW), ("chrF", scoring.POOLED)):
+        assert {n for c, n in printed if c == column} == {n for n in coverage.SIZES if n >= least}
+
+
+@pytest.mark.parametrize("n", [10, 100])
+def test_coverage_counts_what_holds(n, monkeypatch):
+    # scores of 100 rows whose mean is 0.5: an interval of the whole scale always holds it, one above it never
+    rows = {"ROUGE-L": np.linspace(0, 1, 100)}
+    monkeypatch.setitem(coverage.REPEATS, "rows", 30)
+    for low, high, expected in ((0.0, 1.0, True), (0.6, 1.0, False)):
+        score = {"ROUGE-L": {"low": low, "high": high}}
+        monkeypatch.setattr(scoring, "with_intervals", lambda *_, score=score: score)
+        hits = coverage.singles(rows, "rows", n, np.random.default_rng(0))
+        assert hits == {"ROUGE-L": [expected] * 30}
+    assert coverage.lines("k", "x", n, {"ROUGE-L": [True, False, None, True]})[0]["share"] == round(2 / 3, 4)
+    assert coverage.lines("k", "x", n, {"ROUGE-L": [None] * 4})[0]["share"] is None
+
+
+def test_equal_systems_are_made_by_swapping_within_rows(monkeypatch):
+    # one system always 1, the other 0: the difference is 1, and 0 on average once the answers are swapped at random
+    monkeypatch.setitem(coverage.REPEATS, "rows", 200)
+    seen = []
+
+    def test(first, second, chosen, seed):
+        seen.append((first["ROUGE-L"][chosen], second["ROUGE-L"][chosen]))
+        return {"ROUGE-L": {"low": 0.9, "high": 1.0, "p": 0.01}}
+
+    monkeypatch.setattr(scoring, "paired_test", test)
+    ones, zeros = {"ROUGE-L": np.ones(100)}, {"ROUGE-L": np.zeros(100)}
+    hits, false = coverage.pairs(zeros, ones, "rows", 10, np.random.default_rng(0))
+    assert hits["ROUGE-L"] == [True] * 200 and false["ROUGE-L"] == [True] * 200
+    assert all((second - first == 1).all() for first, second in seen[::2])
+    swapped = np.array([second - first for first, second in seen[1::2]])
+    assert set(np.abs(swapped).ravel()) == {1.0} and abs(swapped.mean()) < 0.1

@@ -148,7 +148,12 @@ TRAINED |= {
     "data.train_rows": 11, "data.validation_rows": 2,
 }  # fmt: skip
 NOT_TRAINED = {key: value for key, value in CHANGED.items() if key.startswith(("generation.", "engine."))}
-NOT_TRAINED |= {"evaluation.split": "validation", "evaluation.rows": 1, "device": "auto"}
+NOT_TRAINED |= {
+    "evaluation.split": "validation",
+    "evaluation.rows": 1,
+    "device": "auto",
+    "evaluation.bertscore_model": "some/model",
+}
 NOT_TRAINED |= {"training.sample_rows": 3, "training.keep_checkpoints": True}
 
 

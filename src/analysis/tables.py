@@ -14,7 +14,7 @@ LABELS = {
     "finetuned": "fine-tuned",
     "reference": "(the references)",
 }  # as files name them: as readers do
-MAIN = ("ROUGE-1", "ROUGE-L", "sacreBLEU")  # the columns of tables that compare runs
+MAIN = ("ROUGE-1", "ROUGE-L", "sacreBLEU", "chrF")  # the columns of tables that compare runs
 PUBLISHED = Path(__file__).resolve().parents[2] / "data" / "published_scores.csv"
 PLAIN = re.compile(r"[-+]?[\d.]+%?( \[[-+]?[\d.]+, [-+]?[\d.]+\])?")  # a number, with or without its interval
 
@@ -35,7 +35,7 @@ def p_value(p: float | None) -> str:
 
 def digits(column: str) -> int:
     """Decimals that a column is shown with."""
-    return 1 if column == "sacreBLEU" else 3
+    return 1 if column in ("sacreBLEU", "chrF") else 3
 
 
 def _cells(scores: dict, columns=None) -> dict[str, str]:
@@ -112,9 +112,51 @@ def runs_table(dataset: str, current=None) -> pd.DataFrame:
     """One row for every evaluation of every finished run of a dataset, oldest first; the `current` one is marked.
 
     The columns: the settings in which the rows differ, steps, minutes, validation loss, and the fine-tuned scores.
+    Then a row for each setting that was trained with several seeds: mean, 95% interval and standard deviation (SD).
     """
     found = [run for run in runs.finished() if run.config["recipe"]["data"]["dataset"] == dataset]
-    return _evaluations(found, current).set_index("run")
+    table = _evaluations(found, current).set_index("run")
+    means = [_over_seeds(group, table) for group in _settings(found) if len(group) > 1]
+    return pd.concat([table, *means]).fillna("") if means else table
+
+
+def about_seeds(current) -> str:
+    """A sentence on how many seeds stand behind an evaluation."""
+    found = runs.finished(current.run.config["recipe"]["name"])
+    group = next((group for group in _settings(found) if (current.run, current) in group), [])
+    seeds = [run.config["recipe"]["seed"] for run, _ in group]
+    if len(seeds) < 2:
+        return "one seed: no evidence about the setting. Train it with other seeds, e.g. OVERRIDES = {'seed': 1}."
+    return f"seeds {', '.join(map(str, seeds))}: the last rows are their means, with intervals over rows and seeds."
+
+
+def _settings(found: list) -> list[list[tuple]]:
+    """[(run, its newest evaluation), ...] for each setting and way of scoring, whatever the seed; one run a seed."""
+    groups = {}
+    for run in found:
+        setting = {key: value for key, value in _trained(run.config).items() if not key.endswith("seed")}
+        setting["base"] = run.config["identity"].get("base")
+        for evaluation in runs.evaluations(run):
+            about = evaluation.config
+            scored = {key: about.get(key) for key in ("split", "rows", "prompts", "generation")}
+            key = json.dumps([setting, scored], sort_keys=True, default=str)
+            groups.setdefault(key, {})[run.config["recipe"]["seed"]] = (run, evaluation)
+    return [list(group.values()) for group in groups.values()]
+
+
+def _over_seeds(group: list[tuple], table: pd.DataFrame) -> pd.DataFrame:
+    """One row under `runs_table`: the setting's fields, and the fine-tuned scores over its seeds, scored again."""
+    scored = []
+    for _, evaluation in group:
+        answers = evaluation.predictions["finetuned"]
+        scored.append(scoring.score_rows([a["prediction"] for a in answers], [a["reference"] for a in answers]))
+    found = scoring.over_seeds(scored, group[0][0].config["recipe"]["seed"])
+    seeds = [run.config["recipe"]["seed"] for run, _ in group]
+    names = {(run.name, evaluation.name) for run, evaluation in group}
+    rows = table[[(run, name.split(" ")[0]) in names for run, name in table["evaluation"].items()]]
+    row = {column: rows[column].iloc[0] if rows[column].nunique() == 1 else "" for column in table} | {"evaluation": ""}
+    row |= {c: f"{interval(found[c], digits(c))}, SD {found[c]['sd']:.{digits(c)}f}" for c in MAIN}
+    return pd.DataFrame([row], index=pd.Index([f"mean of seeds {', '.join(map(str, seeds))}"], name="run"))
 
 
 def _evaluations(found: list, current) -> pd.DataFrame:
@@ -187,12 +229,12 @@ def save(folder: Path, name: str, table: pd.DataFrame) -> Path:
 def print_summary(run, evaluation):
     """Print scores and paths: the last words of `make demo` and `make run`."""
     metrics = evaluation.metrics
-    columns = ("ROUGE-1", "ROUGE-2", "ROUGE-L", "sacreBLEU")
+    columns = ("ROUGE-1", "ROUGE-2", "ROUGE-L", "sacreBLEU", "chrF")
     rows = {
         LABELS.get(name, name): {c: f"{system['all'][c]['value']:.{digits(c)}f}" for c in columns}
         for name, system in metrics["systems"].items()
     }
-    print(f"\n{run.name}, {metrics['split']}, n={metrics['n']}: ROUGE F1 0-1 unstemmed, sacreBLEU 0-100")
+    print(f"\n{run.name}, {metrics['split']}, n={metrics['n']}: ROUGE F1 0-1 unstemmed, sacreBLEU and chrF 0-100")
     print(pd.DataFrame.from_dict(rows, orient="index").to_string())
     if metrics["n"] < scoring.FEW:
         print(f"{metrics['n']} rows are too few to compare systems: expected at least {scoring.FEW}.")

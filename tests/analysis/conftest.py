@@ -20,7 +20,7 @@ def score(value, low=None, high=None):
 
 
 def system(rouge_1, rouge_l, bleu):
-    scores = {"ROUGE-1": rouge_1, "ROUGE-2": score(0.125), "ROUGE-L": rouge_l, "sacreBLEU": bleu}
+    scores = {"ROUGE-1": rouge_1, "ROUGE-2": score(0.125), "ROUGE-L": rouge_l, "sacreBLEU": bleu, "chrF": score(37.25)}
     return {"all": scores, "clean": None, "sections": {"CC": {"n": 2, "ROUGE-1": rouge_1, "ROUGE-L": rouge_l}}}
 
 

@@ -4,8 +4,10 @@ import copy
 import csv
 import re
 
+import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from src import recipes, runs
 from src.analysis import tables
@@ -18,7 +20,7 @@ def test_results_show_value_and_interval_of_every_system(metrics):
         "base": {"n": 3, "ROUGE-1": "0.250 [0.125, 0.375]", "ROUGE-L": "0.250", "sacreBLEU": "3.1 [2.0, 4.5]"},
         "fine-tuned": {"n": 3, "ROUGE-1": "0.875 [0.750, 1.000]", "ROUGE-L": "0.583", "sacreBLEU": "81.2 [79.0, 84.0]"},
     }
-    assert list(tables.results(metrics).columns) == ["n", "ROUGE-1", "ROUGE-2", "ROUGE-L", "sacreBLEU"]
+    assert list(tables.results(metrics).columns) == ["n", "ROUGE-1", "ROUGE-2", "ROUGE-L", "sacreBLEU", "chrF"]
 
 
 def test_clean_results_are_those_of_the_clean_rows(metrics):
@@ -91,11 +93,11 @@ def test_runs_are_compared_by_the_fields_in_which_they_differ(make_run, make_eva
     assert list(table.index) == ["demo-00000002", "demo-00000001"]  # by date
     assert list(table.columns) == [
         "evaluation", "date", "split", "n", "lora.r", "training.max_steps", "steps", "minutes",
-        "best validation loss", "base ROUGE-L", "ROUGE-1", "ROUGE-L", "sacreBLEU",
+        "best validation loss", "base ROUGE-L", "ROUGE-1", "ROUGE-L", "sacreBLEU", "chrF",
     ]  # fmt: skip
     assert table.loc["demo-00000002"].tolist() == [
         "test-0000000a", "2025-01-02 12:00", "test", 3, "8", "20", 20, "1.5", "1.250",
-        "0.250", "0.875 [0.750, 1.000]", "0.187", "81.2 [79.0, 84.0]",
+        "0.250", "0.875 [0.750, 1.000]", "0.187", "81.2 [79.0, 84.0]", "37.2",
     ]  # fmt: skip
     shown = table.loc["demo-00000001"]
     assert shown["evaluation"] == "test-0000000a (this one)" and shown["best validation loss"] == "0.500"
@@ -117,6 +119,51 @@ def test_a_number_changed_in_a_cell_alone_is_a_column_too(make_run, make_evaluat
     assert tables.runs_table("demo")["training.adam_beta2"].tolist() == ["", "0.98"]
 
 
+def answers_of(evaluation, good: int):
+    """Write 12 fine-tuned answers of which the first `good` are the reference and the others share no word with it."""
+    rows = [
+        {"id": str(i), "prediction": f"row {i} is right" if i < good else "no", "reference": f"row {i} is right"}
+        for i in range(12)
+    ]
+    runs.write_jsonl(evaluation.folder / "predictions" / "finetuned.jsonl", rows)
+
+
+def test_runs_that_differ_in_the_seed_alone_get_a_row_of_their_mean(make_run, make_evaluation):
+    made = []
+    for number, (seed, good) in enumerate([(1, 6), (2, 7), (42, 8)], 1):
+        run = make_run(f"demo-0000000{number}", overrides={"seed": seed}, day=number)
+        evaluation = make_evaluation(run, day=number)
+        answers_of(evaluation, good)
+        make_evaluation(run, "validation-0000000b", METRICS | {"split": "validation", "n": 4}, day=number)
+        answers_of(runs.Evaluation(run, "validation-0000000b"), good)
+        made.append(evaluation)
+    other = make_run("demo-00000009", overrides={"seed": 3, "lora.r": 8}, day=9)
+    alone = make_evaluation(other, day=9)
+    table = tables.runs_table("demo", made[-1])
+    assert list(table.index[-2:]) == ["mean of seeds 1, 2, 42"] * 2 and len(table) == 7 + 2
+    row = table.iloc[-2]  # of test; below it is validation's
+    assert (row["split"], row["n"], row["lora.r"], row["seed"], row["evaluation"]) == ("test", 3, "16", "", "")
+    assert table.iloc[-1]["split"] == "validation"
+    # 6, 7 and 8 of 12 rows are right: mean 7/12, SD 1/12; each row scores 1, 0 or (two rows) 1/3 and 2/3 over the seeds
+    means = np.array([1] * 6 + [2 / 3, 1 / 3] + [0] * 4)
+    more = np.append(means, [0, 1])
+    rows = stats.t.ppf(0.975, 13) * more.std(ddof=1) / 14**0.5
+    seeds = stats.t.ppf(0.975, 2) / 12 / 3**0.5
+    low, high = (7 / 12 + side * np.hypot(rows + side * (more.mean() - means.mean()), seeds) for side in (-1, 1))
+    assert row["ROUGE-L"] == f"0.583 [{low:.3f}, {high:.3f}], SD 0.083"
+    assert row["sacreBLEU"].partition(", SD ")[2] and "[" not in row["sacreBLEU"]  # 12 rows: no interval for BLEU
+    assert tables.about_seeds(made[0]).startswith("seeds 1, 2, 42: the last rows are their means")
+    assert tables.about_seeds(alone).startswith("one seed: no evidence about the setting")
+
+
+def test_seeds_that_were_scored_in_other_ways_are_not_pooled(make_run, make_evaluation):
+    make_evaluation(make_run("demo-00000001", overrides={"seed": 1}))
+    make_evaluation(make_run("demo-00000002", overrides={"seed": 2}), generation={"max_new_tokens": 5})
+    third = make_evaluation(make_run("demo-00000003", overrides={"seed": 3}, identity={"base": "another"}))
+    assert list(tables.runs_table("demo").index) == ["demo-00000001", "demo-00000002", "demo-00000003"]
+    assert tables.about_seeds(third).startswith("one seed")
+
+
 def test_half_a_folder_stops_no_other_run(make_run, make_evaluation):
     make_evaluation(make_run("demo-00000001"))
     broken = make_run("demo-00000002")
@@ -135,7 +182,7 @@ def test_evaluations_of_a_run_differ_in_split_and_decoding(make_run, make_evalua
     assert table["split"].tolist() == ["validation", "test"] and table["generation.num_beams"].tolist() == ["", "4"]
     assert list(table.columns) == [
         "evaluation", "date", "split", "n", "generation.num_beams", "steps", "minutes", "best validation loss",
-        "base ROUGE-L", "ROUGE-1", "ROUGE-L", "sacreBLEU",
+        "base ROUGE-L", "ROUGE-1", "ROUGE-L", "sacreBLEU", "chrF",
     ]  # fmt: skip
 
 
