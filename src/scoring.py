@@ -60,6 +60,11 @@ def score_rows(predictions: list[str], references: list[str]) -> dict[str, np.nd
     return {column: np.array(values) for column, values in rouge.items()} | {"counts": np.array(bleu["counts"])}
 
 
+def rouge_l(predictions: list[str], references: list[str]) -> dict[str, float]:
+    """Mean ROUGE-L (F1 0-1, no stemmer), for a training that keeps its best adapter by it."""
+    return {"rougeL": float(score_rows(predictions, references)["ROUGE-L"].mean())}
+
+
 def bleu(counts: np.ndarray, smooth: bool) -> float:
     """Corpus BLEU (0-100) from summed counts (10 values), with sacrebleu's default smoothing (exp) or without."""
     from sacrebleu.metrics import BLEU

@@ -1,4 +1,7 @@
-"""One published defect at a time, trained and scored on the demo's small model; defects.toml says who and why."""
+"""One published defect at a time, trained and scored, on the demo's small model or another recipe's.
+
+defects.toml says who published which, and why it matters.
+"""
 
 import dataclasses
 import re
@@ -10,11 +13,12 @@ import pandas as pd
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import GenerationConfig, TrainingArguments
+from transformers import TrainingArguments
 
 from src import data, engine, prompts, qlora, recipes, runs, scoring
 from src.engine import decode
 
+BATCH = 64  # prompts decoded together where they are padded on the right
 PROSE = Path(__file__).with_name("defects.toml")
 
 
@@ -54,7 +58,14 @@ class Defect:
     ask: Callable = as_is  # what becomes of a row to be answered
     right_padded: bool = False
     merged: bool = False  # the adapter is merged into unquantised weights before generation
+    teacher_forced: bool = False  # nothing is generated: each token is guessed after the reference's tokens before it
     prompt_scored: bool = False
+    letters_scored: bool = False  # a newline between all letters of answer and reference
+
+    @property
+    def training(self) -> tuple:
+        """Defects of generation and scoring that agree in this share one fine-tuned model a seed."""
+        return tuple((key, str(value)) for key, value in self.overrides.items()), self.train
 
 
 DEFECTS = {
@@ -70,76 +81,132 @@ DEFECTS = {
     "EOS ends the prompt": Defect(ask=eos_ends_prompt),
     "merged, unquantised": Defect(merged=True),
     "EOS unsupervised": Defect(train=eos_unsupervised),
+    "teacher-forced scoring": Defect(teacher_forced=True),
+    "teacher-forced scoring, base": Defect(train=None, teacher_forced=True),
+    "newline between letters": Defect(letters_scored=True),
+    "newline between letters, base": Defect(train=None, letters_scored=True),
     "recipe 1 together": Defect(train=labels_from_prompt, right_padded=True, prompt_scored=True),
     "recipe 2 together": Defect(train=loss_on_prompt, ask=eos_ends_prompt, merged=True),
 }
 
 
-def measure(overrides: dict, seeds, defects=DEFECTS) -> pd.DataFrame:
-    """One row a defect and seed: scores and how answers ended, on the demo's evaluation rows.
+def measure(overrides: dict, seeds, defects=DEFECTS, recipe: str = "demo") -> pd.DataFrame:
+    """One row a defect and seed: scores and how answers ended, on the recipe's evaluation rows.
 
-    `overrides`: of the demo recipe, for all of them. Defects of generation and scoring share one adapter. Each run
-    lies in outputs/published-*; one that is there already is not trained again.
+    `overrides`: of the recipe, for all of them. What is not trained depends on no seed and has one row, of the first.
     """
-    demo = recipes.load("demo", overrides)
-    tokenizer, parts = qlora.load_tokenizer(demo), data.load(demo)
-    rows = {name: [prompts.build(r, tokenizer, demo.prompt) for r in part] for name, part in parts.items()}
+    _, rows = encoded(recipes.load(recipe, overrides))
     found = []
     for seed in seeds:
-        models = {}
-        for name, defect in defects.items():
-            recipe = recipes.load("demo", {**overrides, **defect.overrides, "seed": seed})
-            key = (str(defect.overrides), defect.train)
-            if key not in models:
-                models[key] = fine_tuned(name, recipe, defect, tokenizer, rows)
-            found.append(
-                {"defect": name, "seed": seed} | _scores(defect, recipe, models[key], tokenizer, rows["evaluation"])
-            )
+        chosen = {name: defect for name, defect in defects.items() if defect.train or seed == seeds[0]}
+        for name, given in answers(overrides, seed, chosen, recipe).items():
+            found.append({"defect": name, "seed": seed} | score(defects[name], given, rows["evaluation"]))
     return pd.DataFrame(found)
 
 
-def fine_tuned(name: str, recipe, defect: Defect, tokenizer, rows: dict):
-    """A model trained under the defect (02's cells in short), or the base with a fresh adapter where it says so."""
+def answers(overrides: dict, seed: int, defects=DEFECTS, recipe: str = "demo") -> dict[str, list[dict]]:
+    """What a model fine-tuned under each defect answers: {defect: [{"id", "prediction", "stop", "tokens"}]}.
+
+    In the order of the evaluation rows; `score` needs nothing else. Each training lies in outputs/published-*, and one
+    that is there already is not repeated, so one call may ask for one defect: `{name: DEFECTS[name]}`.
+    """
+    tokenizer, rows = encoded(recipes.load(recipe, overrides))
+    models, found = {}, {}
+    for name, defect in defects.items():
+        if defect.training not in models:
+            models[defect.training] = fine_tuned(defect, overrides, seed, tokenizer, rows, recipe)
+        given = answer(defect, models[defect.training], recipes.load(recipe, overrides), tokenizer, rows["evaluation"])
+        found[name] = [{key: row[key] for key in ("id", "prediction", "stop", "tokens")} for row in given]
+    return found
+
+
+def score(defect: Defect, given: list[dict], rows: list[prompts.Encoded]) -> dict:
+    """ROUGE-1, ROUGE-L, sacreBLEU and the share "ended by EOS" of one defect's `answers` to these rows.
+
+    The share is None where nothing was generated. Raises ValueError when the answers are to other rows.
+    """
+    if [row.id for row in rows] != [answer["id"] for answer in given]:
+        raise ValueError(f"{len(given)} answers that are not, in this order, to the {len(rows)} rows: pass both whole.")
+    texts, references = [answer["prediction"] for answer in given], [row.answer_text for row in rows]
+    if defect.prompt_scored:
+        texts = [f"{row.prompt_text} {text}" for row, text in zip(rows, texts, strict=True)]
+    if defect.letters_scored:
+        texts, references = (["\n".join(text) for text in part] for part in (texts, references))
+    scores = scoring.corpus(scoring.score_rows(texts, references))
+    ended = None if defect.teacher_forced else sum(answer["stop"] == "eos" for answer in given) / len(given)
+    return {column: scores[column] for column in ("ROUGE-1", "ROUGE-L", "sacreBLEU")} | {"ended by EOS": ended}
+
+
+def encoded(recipe):
+    """The recipe's tokenizer, and its "train", "validation" and "evaluation" rows as lists of prompts.Encoded."""
+    tokenizer = qlora.load_tokenizer(recipe)
+    parts = data.load(recipe)
+    return tokenizer, {name: [prompts.build(r, tokenizer, recipe.prompt) for r in part] for name, part in parts.items()}
+
+
+def fine_tuned(defect: Defect, overrides: dict, seed: int, tokenizer, rows: dict, recipe: str = "demo"):
+    """A model trained under the defect (02's cells in short), or the base with a fresh adapter where it says so.
+
+    Trained to the end without evaluations: the last adapter is the one.
+    """
+    first = next((name for name, known in DEFECTS.items() if known.training == defect.training), "own")
+    name = "published-" + ("" if recipe == "demo" else f"{recipe}-") + re.sub(r"\W+", "_", first)
+    best = {"training.load_best_model_at_end": False}
+    recipe = recipes.load(recipe, {**overrides, **best, **defect.overrides, "seed": seed})
+    recipe = recipe.model_copy(update={"name": name})
     device = qlora.resolve_device(recipe.device)
-    recipe = recipe.model_copy(update={"name": "published-" + re.sub(r"\W+", "_", name)})
-    quantization, lora = qlora.quantization_config(recipe, device), LoraConfig(**recipe.lora.model_dump())
+    quantization = qlora.quantization_config(recipe, device)
+    lora = LoraConfig(task_type="CAUSAL_LM", **recipe.lora.model_dump())
     transformers.set_seed(recipe.seed)
     model = get_peft_model(qlora.load_base(recipe, tokenizer, device, quantization), lora)
-    if defect.train is None:
-        return model
-    train, validation = (prompts.dataset([defect.train(row) for row in rows[part]]) for part in ("train", "validation"))
-    ours = {"eval_steps", "early_stopping_patience", "sample_rows", "keep_checkpoints"}  # the other fields are theirs
+    if defect.train:
+        train(defect, recipe, model, tokenizer, rows, quantization, lora)
+    if device.type == "cuda" and engine.dequantized_fits(model):
+        engine.dequantize(model)  # the same values in 16 bits: faster answers
+    return model
+
+
+def train(defect: Defect, recipe, model, tokenizer, rows: dict, quantization, lora):
+    """Train the model's adapter on the rows as the defect has them, or load it from the run that did; return the run.
+
+    Evaluates every epoch where the recipe keeps the best adapter, else never.
+    """
+    device, dtype = model.device, quantization.bnb_4bit_compute_dtype
+    parts = [prompts.dataset([defect.train(row) for row in rows[part]]) for part in ("train", "validation")]
+    when = "epoch" if recipe.training.load_best_model_at_end else "no"
+    ours = {"eval_steps", "early_stopping_patience", "sample_rows", "keep_checkpoints", "optim"}  # no Trainer's fields
     arguments = TrainingArguments(
-        output_dir="outputs", seed=recipe.seed, eval_strategy="epoch", save_strategy="epoch", disable_tqdm=True,
-        use_cpu=device.type == "cpu", **recipe.training.model_dump(exclude=ours),
+        output_dir="outputs", seed=recipe.seed, eval_strategy=when, save_strategy=when, disable_tqdm=True,
+        bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, use_cpu=device.type == "cpu",
+        optim=qlora.optimizer(recipe, device), **recipe.training.model_dump(exclude=ours),
     )  # fmt: skip
-    plan = engine.plan(qlora.load_config(recipe), lora, quantization, arguments, train, device)
-    trainer = engine.FastTrainer(model, arguments, train, validation, tokenizer, plan)
+    limits = recipe.engine.model_dump(exclude={"dequantize", "batch_size"})
+    plan = engine.plan(qlora.load_config(recipe), lora, quantization, arguments, parts[0], device, **limits)
+    rouge = recipe.training.metric_for_best_model == "rougeL"
+    generation = qlora.generation_config(recipe)
+    callbacks = [engine.SampleAnswers(parts[1], tokenizer, generation, 0, scoring.rouge_l)] if rouge else []
+    trainer = engine.FastTrainer(model, arguments, *parts, tokenizer, plan, callbacks)
     run = runs.open(recipe, trainer, prompts.template(tokenizer, recipe.prompt))
     if run.finished:
         run.load_adapter(trainer)
     else:
-        trainer.train(resume_from_checkpoint=run.checkpoint())
+        trainer.train()
         run.save(trainer, tokenizer)
-    return model
+    return run
 
 
-def _scores(defect: Defect, recipe, model, tokenizer, rows: list) -> dict:
+def answer(defect: Defect, model, recipe, tokenizer, rows: list) -> list[dict]:
+    """The entries of `engine.generate` for the evaluation rows, asked and answered as the defect has it."""
     asked = prompts.dataset([defect.ask(row) for row in rows])
+    if defect.teacher_forced:
+        return teacher_forced(model, tokenizer, asked)
     if defect.merged:
-        whole = recipe.model_copy(
-            update={"quantization": recipe.quantization.model_copy(update={"load_in_4bit": False})}
-        )
-        model = merged(model, qlora.load_base(whole, tokenizer, model.device))
-    generation = GenerationConfig(max_new_tokens=recipe.generation.max_new_tokens)
+        whole = recipe.quantization.model_copy(update={"load_in_4bit": False})
+        recipe = recipe.model_copy(update={"quantization": whole})
+        model = merged(model, qlora.load_base(recipe, tokenizer, model.device))
+    generation = qlora.generation_config(recipe)
     generate = generate_right_padded if defect.right_padded else engine.generate
-    answers = generate(model, tokenizer, asked, generation, progress=False)
-    texts = [a["prediction"] for a in answers]
-    if defect.prompt_scored:
-        texts = [f"{row.prompt_text} {text}" for row, text in zip(rows, texts, strict=True)]
-    scores = scoring.corpus(scoring.score_rows(texts, [row.answer_text for row in rows]))
-    ended = sum(a["stop"] == "eos" for a in answers) / len(answers)
-    return {column: scores[column] for column in ("ROUGE-1", "ROUGE-L", "sacreBLEU")} | {"ended by EOS": ended}
+    return generate(model, tokenizer, asked, generation, progress=False)
 
 
 def merged(model, base):
@@ -156,26 +223,29 @@ def generate_right_padded(model, tokenizer, rows, generation, progress=False) ->
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # it warns of right padding, rightly
     model.eval()
-    width = max(map(len, rows["prompt_ids"])) + 1
-    ids = torch.tensor([p + [tokenizer.pad_token_id] * (width - len(p)) for p in rows["prompt_ids"]])
-    mask = torch.tensor([[1] * len(p) + [0] * (width - len(p)) for p in rows["prompt_ids"]])
-    output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, width:].tolist()
+    found, prompt_ids = [], list(rows["prompt_ids"])
+    for part in (prompt_ids[start : start + BATCH] for start in range(0, len(prompt_ids), BATCH)):
+        width = max(map(len, part)) + 1
+        ids = torch.tensor([p + [tokenizer.pad_token_id] * (width - len(p)) for p in part], device=model.device)
+        mask = torch.tensor([[1] * len(p) + [0] * (width - len(p)) for p in part], device=model.device)
+        output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        found += output[:, width:].tolist()
     transformers.logging.set_verbosity(verbosity)
-    return [decode.answer(row, new, tokenizer, config.eos_token_id) for row, new in zip(rows, output, strict=True)]
+    return [decode.answer(row, new, tokenizer, config.eos_token_id) for row, new in zip(rows, found, strict=True)]
 
 
-def costs(measured: pd.DataFrame) -> pd.DataFrame:
-    """One row a defect: mean over the seeds and difference from "corrected", each with a 95% interval (Student's t).
+@torch.inference_mode()
+def teacher_forced(model, tokenizer, rows) -> list[dict]:
+    """What a Trainer's compute_metrics calls predictions: the likeliest token after each of the reference's own.
 
-    Differences are paired by seed. With three seeds the interval is 2.48 standard deviations on each side.
+    An entry as of `engine.generate` for every row; each has exactly the reference's number of tokens, EOS included.
     """
-    from scipy.stats import t
-
-    order = measured["defect"].unique()
-    by_seed = measured.pivot(index="defect", columns="seed", values="ROUGE-L").loc[order]
-    count, table = by_seed.shape[1], {}
-    for name, values in (("ROUGE-L", by_seed), ("difference", by_seed - by_seed.loc["corrected"])):
-        mean, half = values.mean(axis=1), t.ppf(0.975, count - 1) * values.std(axis=1) / count**0.5
-        table |= {name: mean, f"{name} low": mean - half, f"{name} high": mean + half}
-    table["ended by EOS"] = measured.groupby("defect")["ended by EOS"].mean()
-    return pd.DataFrame(table).loc[order]
+    model.eval()
+    found = []
+    for row in rows:
+        supervised = sum(label != prompts.IGNORE for label in row["labels"])
+        ids = torch.tensor([row["input_ids"]], device=model.device)
+        logits = model(input_ids=ids, logits_to_keep=supervised + 1, use_cache=False).logits[0, :-1]
+        text = tokenizer.decode(logits.argmax(-1).tolist(), skip_special_tokens=True).strip()
+        found.append({"id": row["id"], "prediction": text, "stop": "reference", "tokens": supervised})
+    return found
