@@ -12,9 +12,9 @@ goes on. The data has to be prepared (01) for both recipes.
 import argparse
 import functools
 import itertools
-import json
 import multiprocessing
 import os
+import pickle
 import re
 import sys
 import time
@@ -112,13 +112,15 @@ def run(folder: Path, wanted: list[str], workers: int):
     folder.mkdir(parents=True, exist_ok=True)
     jobs = [job for stage in wanted for job in stages()[stage] if not result(folder, job).is_file()]
     for recipe in {job.recipe for job in jobs}:
-        prepared(recipe)  # before the processes part, so that they share it
-    context = multiprocessing.get_context("fork")  # no CUDA call was made yet
+        with open(folder / f"{recipe}.pickle", "wb") as file:
+            pickle.dump(prepared(recipe), file)  # once, for all processes
+    context = multiprocessing.get_context("spawn")
     queue, gpus = context.Queue(), len(os.popen("nvidia-smi --list-gpus").read().splitlines())
     for job in [*jobs, *[None] * (workers * gpus)]:
         queue.put(job)
-    started = [context.Process(target=_worker, args=(folder, queue, n % gpus)) for n in range(workers * gpus)]
-    for process in started:
+    started = [context.Process(target=_worker, args=(folder, queue)) for n in range(workers * gpus)]
+    for n, process in enumerate(started):
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(n % gpus)  # a new process sees one GPU
         process.start()
     for process in started:
         process.join()
@@ -130,17 +132,16 @@ def result(folder: Path, job: Job) -> Path:
 
 @functools.cache
 def prepared(name: str):
-    """(tokenizer, {split: records}, {split: encoded rows}) of a recipe; its training rows are those without leaks."""
+    """(tokenizer, {split: encoded rows}) of a recipe; its training rows are those without leaks."""
     from src import prompts, qlora
 
     recipe = recipes.load(name)
     tokenizer, records = qlora.load_tokenizer(recipe), {"train": data.train_rows(recipe)}
     records |= {split: data.load_split(recipe, split) for split in recipes.splits(recipe.data.dataset)[1:]}
-    return tokenizer, records, {s: [prompts.build(r, tokenizer, recipe.prompt) for r in p] for s, p in records.items()}
+    return tokenizer, {s: [prompts.build(r, tokenizer, recipe.prompt) for r in p] for s, p in records.items()}
 
 
-def _worker(folder: Path, queue, gpu: int):
-    os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
+def _worker(folder: Path, queue):
     sys.stdout = open(folder / f"worker-{os.getpid()}.log", "w", buffering=1)
     while (job := queue.get()) is not None:
         try:
@@ -159,7 +160,7 @@ def work(folder: Path, job: Job):
     from src import engine, published, qlora
 
     begin, recipe = time.perf_counter(), recipes.load(job.recipe, job.overrides)
-    tokenizer, records, encoded = prepared(job.recipe)
+    tokenizer, encoded = pickle.loads((folder / f"{job.recipe}.pickle").read_bytes())
     rows = {"train": encoded["train"][: recipe.data.train_rows], "validation": encoded["validation"]}
     defect, device = published.DEFECTS[job.answered[0]], qlora.resolve_device(recipe.device)
     quantization, lora = (
