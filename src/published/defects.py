@@ -190,7 +190,7 @@ def train(defect: Defect, recipe, model, tokenizer, rows: dict, quantization, lo
     if run.finished:
         run.load_adapter(trainer)
     else:
-        trainer.train()
+        trainer.train(resume_from_checkpoint=run.checkpoint())
         run.save(trainer, tokenizer)
     return run
 
