@@ -35,20 +35,21 @@ BITS = {  # how the base's weights are kept
     "nf4": {}, "fp4": {"quantization.bnb_4bit_quant_type": "fp4"}, "16 bits": {"quantization.load_in_4bit": False},
 }  # fmt: skip
 ROWS = {100: 10, 300: 10, 1000: 5, 3000: 2, 10000: 2}  # training rows: epochs, of which the best is kept
+PADDED = "right-padded generation"
 DEFECTS = {  # trainings: (overrides, the defects of src/published that are answered with this adapter)
-    "corrected": ({}, ("corrected", "prompt scored", "right-padded generation", "EOS ends the prompt", "merged, unquantised",
-                       "teacher-forced scoring")),
+    "corrected": ({}, ("corrected", "EOS ends the prompt", "merged, unquantised", "teacher-forced scoring", PADDED)),
     "labels": ({}, ("labels from the prompt", "recipe 1 together")),
     "prompt": ({}, ("loss on the prompt", "recipe 2 together")),
     "eos": ({}, ("EOS unsupervised",)),
     "bos": ({}, ("BOS twice",)),
     "q and v": ({"lora.target_modules": ["q_proj", "v_proj"]}, ("q and v only",)),
 }  # fmt: skip
+BEAMS = "4 beams, no repeated 6-gram"
 DECODINGS = {  # ways of decoding: what they change in [generation]
     "as the recipe": {},
     **{f"no repeated {n}-gram": {"no_repeat_ngram_size": n} for n in (4, 6, 8)},
     "repetition penalty 1.1": {"repetition_penalty": 1.1},
-    "4 beams, no repeated 6-gram": {"num_beams": 4, "no_repeat_ngram_size": 6},
+    BEAMS: {"num_beams": 4, "no_repeat_ngram_size": 6},
 }
 
 
@@ -74,7 +75,7 @@ def stages() -> dict[str, list[Job]]:
         job("tune", f"samsum-{rate}", chats, {"training.learning_rate": rate}, splits=("validation", "test"))
     for rate, epochs in itertools.product((5e-4, 1e-3, 2e-3), (3, 5, 8)):  # the best by validation loss
         values = {"training.learning_rate": rate, "training.num_train_epochs": float(epochs)}
-        job("tune", f"mts-{rate}-{epochs}", notes, values)
+        job("tune", f"mts-{rate}-{epochs}", notes, values | {"training.load_best_model_at_end": True})
     for rate, epochs in ((1e-3, 8), (1e-3, 5), (5e-4, 8), (2e-3, 5), (2e-3, 8)):  # the last
         values = {"training.learning_rate": rate, "training.num_train_epochs": float(epochs)}
         values |= {"training.load_best_model_at_end": False}
@@ -84,8 +85,9 @@ def stages() -> dict[str, list[Job]]:
             job("base", f"{recipe}-{bits}", recipe, values, answered=("base model", "teacher-forced scoring, base"))
     for seed in SEEDS:
         job("main", f"samsum-{seed}", chats, {"seed": seed}, splits=("validation", "test"))
-        job("main", f"mts-{seed}", notes, {"seed": seed})
-        values = {"seed": seed, "training.metric_for_best_model": "rougeL", "training.num_train_epochs": 8.0}
+        job("main", f"mts-{seed}", notes, {"seed": seed}, decodings=("as the recipe", BEAMS))
+        values = {"seed": seed, "training.learning_rate": 1e-3, "training.num_train_epochs": 8.0}
+        values |= {"training.load_best_model_at_end": True, "training.metric_for_best_model": "rougeL"}
         job("best", f"mts-rougeL-{seed}", notes, values)
     for name, (overrides, answered) in DEFECTS.items():
         for seed in SEEDS:
@@ -183,14 +185,15 @@ def work(folder: Path, job: Job):
     if trained:
         summary |= {"run": trained.name, "config": trained.config, "manifest": trained.manifest, "log": trained.log}
     summary["answers"] = []
-    for name, split, way in itertools.product(job.answered, job.splits or SPLITS[job.recipe], job.decodings):
+    for way, name, split in itertools.product(job.decodings, job.answered, job.splits or SPLITS[job.recipe]):
         asked = recipe.model_copy(update={"generation": recipe.generation.model_copy(update=DECODINGS[way])})
         begin = time.perf_counter()
         found = published.answer(published.DEFECTS[name], model, asked, tokenizer, encoded[split])
         kept = [{key: row[key] for key in ("id", "prediction", "tokens", "stop")} for row in found]
         seconds = round(time.perf_counter() - begin, 1)
         summary["answers"].append({"defect": name, "split": split, "decoding": way, "seconds": seconds, "rows": kept})
-    runs.write_json(result(folder, job), summary)
+        runs.write_json(result(folder, job).with_suffix(".part"), summary)
+    result(folder, job).with_suffix(".part").rename(result(folder, job))
 
 
 def main(arguments: list[str]):

@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import TrainingArguments
 
 from src import data, engine, prompts, qlora, recipes, runs, scoring
-from src.engine import decode
+from src.engine import batches, decode
 
 BATCH = 64  # prompts decoded together where they are padded on the right
 PROSE = Path(__file__).with_name("defects.toml")
@@ -241,11 +241,13 @@ def teacher_forced(model, tokenizer, rows) -> list[dict]:
     An entry as of `engine.generate` for every row; each has exactly the reference's number of tokens, EOS included.
     """
     model.eval()
-    found = []
-    for row in rows:
-        supervised = sum(label != prompts.IGNORE for label in row["labels"])
-        ids = torch.tensor([row["input_ids"]], device=model.device)
-        logits = model(input_ids=ids, logits_to_keep=supervised + 1, use_cache=False).logits[0, :-1]
-        text = tokenizer.decode(logits.argmax(-1).tolist(), skip_special_tokens=True).strip()
-        found.append({"id": row["id"], "prediction": text, "stop": "reference", "tokens": supervised})
+    found, rows = [], list(rows)
+    for part in (rows[start : start + 16] for start in range(0, len(rows), 16)):
+        inputs = batches.pad(part, tokenizer.pad_token_id)
+        supervised = inputs["targets"] != prompts.IGNORE
+        ids, mask, kept = (inputs[k].to(model.device) for k in ("input_ids", "attention_mask", "positions"))
+        logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=kept, use_cache=False).logits
+        for row, tokens, own in zip(part, logits.argmax(-1).cpu(), supervised, strict=True):
+            text = tokenizer.decode(tokens[own].tolist(), skip_special_tokens=True).strip()
+            found.append({"id": row["id"], "prediction": text, "stop": "reference", "tokens": int(own.sum())})
     return found
