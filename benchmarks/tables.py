@@ -159,7 +159,11 @@ def coverage() -> str:
 BLOCKS = {  # file: {marker: what stands between <!-- marker --> and <!-- end -->}
     "README.md": {"demo": demo, "speed": speed},
     "benchmarks/README.md": {
-        "h200": gpu, "h100": before_and_after, "cpu": cpu, "signs": signs, "coverage": coverage,
+        "h200": gpu,
+        "h100": before_and_after,
+        "cpu": cpu,
+        "signs": signs,
+        "coverage": coverage,
     },  # fmt: skip
 }
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from src import data, engine, prompts, runs
@@ -58,6 +58,8 @@ def find_model(name: str) -> str:
     if (folder / "config.json").is_file():
         return str(folder)
     is_path = Path(name).is_absolute() or name.startswith((".", "data/", "outputs/"))
+    if name in data.packaged():
+        raise ModelError(f"The base model {name} is not there yet: run notebooks/01_prepare_data.ipynb first.")
     if folder.is_dir() or is_path or name.count("/") != 1:
         raise ModelError(
             f"base_model is {name!r}: expected a folder with config.json and safetensors weights at that path "
@@ -125,6 +127,14 @@ def quantization_config(recipe, device: torch.device) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(
         **recipe.quantization.model_dump() | {"bnb_4bit_compute_dtype": compute_dtype(recipe, device)}
     )
+
+
+def generation_config(recipe) -> GenerationConfig:
+    """The recipe's [generation] as transformers' GenerationConfig; 03 writes the same out."""
+    settings = recipe.generation.model_dump()
+    unused = () if settings["do_sample"] else ("temperature", "top_p")
+    unused += () if settings["num_beams"] > 1 else ("length_penalty",)
+    return GenerationConfig(**{key: None if key in unused else value for key, value in settings.items()})
 
 
 def prepare(model, tokenizer, seed: int):

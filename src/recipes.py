@@ -78,8 +78,9 @@ class Training(Section):
     max_grad_norm: AtLeastZero = 1.0  # gradients of a step are scaled down to this 2-norm
     optim: OPTIMIZERS = "adamw_torch_fused"  # one that needs CUDA becomes adamw_torch on a CPU
     eval_steps: Count | None = None  # validation loss, samples and a checkpoint every n steps; None: every epoch
-    early_stopping_patience: Count | None = None  # stop after n evaluations without a better loss; None: never
-    load_best_model_at_end: bool = True  # keep the adapter with the lowest validation loss, not the last
+    early_stopping_patience: Count | None = None  # stop after n evaluations that are no better; None: never
+    load_best_model_at_end: bool = True  # keep the adapter of the best evaluation, not the last
+    metric_for_best_model: Literal["loss", "rougeL"] = "loss"  # rougeL: of generated answers to all validation rows
     sample_rows: Annotated[int, Field(ge=0)] = 1  # validation dialogues summarised at each evaluation
     keep_checkpoints: bool = False  # keep outputs/<run>/checkpoints after success
 
@@ -90,7 +91,8 @@ class Generation(Section):
     num_beams: Annotated[int, Field(ge=1, le=64)] = 1  # 1: greedy or sampling; more: beam search
     early_stopping: bool = False  # beams only: stop when num_beams answers are complete
     length_penalty: Annotated[float, Field(ge=-100, le=100)] = 1.0  # beams only: > 1 favours longer answers
-    no_repeat_ngram_size: Annotated[int, Field(ge=0, le=1000)] = 0  # 0: off
+    no_repeat_ngram_size: Annotated[int, Field(ge=0, le=1000)] = 0  # of prompt and answer together; 0: off
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0  # > 1: tokens of prompt and answer less likely
     do_sample: bool = False  # draw tokens instead of taking the likeliest; seeded by row, whatever the batch
     temperature: Annotated[float, Field(gt=0, le=100)] = 1.0  # sampling only
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # sampling only

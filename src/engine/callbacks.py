@@ -37,14 +37,24 @@ class Progress(TrainerCallback):
 
 
 class SampleAnswers(TrainerCallback):
-    """Answers a few rows at every evaluation, prints them and keeps them in the log beside the losses."""
+    """Answers rows at every evaluation; prints `shown` of them and keeps these in the log beside the losses.
 
-    def __init__(self, rows, tokenizer, generation):
+    score: what rates the answers, (predictions, references) to {name: value}; the values join the validation loss as
+    eval_<name>, where metric_for_best_model finds them.
+    """
+
+    def __init__(self, rows, tokenizer, generation, shown=None, score=None):
         self.rows, self.tokenizer, self.generation = list(rows), tokenizer, generation
+        self.shown, self.score = len(self.rows) if shown is None else shown, score
 
-    def on_evaluate(self, args, state, control, model=None, **kwargs):
+    def on_evaluate(self, args, state, control, model=None, metrics=None, **kwargs):
         answers = decode.generate(model, self.tokenizer, self.rows, self.generation, args.seed, progress=False)
-        for row, answer in zip(self.rows, answers, strict=True):
+        if self.score:
+            found = self.score([a["prediction"] for a in answers], [row["answer_text"] for row in self.rows])
+            found = {f"eval_{name}": value for name, value in found.items()}
+            metrics.update(found)
+            state.log_history.append({"step": state.global_step, **found})
+        for row, answer in list(zip(self.rows, answers, strict=True))[: self.shown]:
             reference, text, step = row["answer_text"], answer["prediction"], state.global_step
             state.log_history.append({"step": step, "id": row["id"], "reference": reference, "sample": text})
             print(f"step {step}, row {row['id']}\n  reference: {reference}\n  generated: {text}", flush=True)

@@ -2,10 +2,11 @@
 
 Recipe 1 is Mistral-7B-v0.1 on MTS-Dialog (imsachinsingh00/DocBot_Mistral), recipe 2 Mistral-7B-Instruct-v0.2 on SAMSum
 (msznajder/mistral-7b-samsum-dialogue-summary-finetune). protocol.py needs the data alone; defects.py trains the
-demo's base, or another recipe's, with one defect at a time; costs.py compares what it measured;
+demo's base, or another recipe's, with one defect at a time, answering.py asks it; costs.py compares the scores;
 contamination.py asks a base model whether it has read a text.
 """
 
+from src.published.answering import answer, generate_right_padded, teacher_forced
 from src.published.contamination import continuation, memorised
 from src.published.costs import costs, holm
 from src.published.defects import (
@@ -15,10 +16,9 @@ from src.published.defects import (
     answers,
     encoded,
     fine_tuned,
-    generate_right_padded,
     measure,
     score,
-    teacher_forced,
+    train,
 )
 from src.published.protocol import (
     RECIPE2_TURN,
@@ -30,7 +30,7 @@ from src.published.protocol import (
 )
 
 __all__ = [
-    "DEFECTS", "PROSE", "RECIPE2_TURN", "Defect", "answers", "continuation", "costs", "encoded", "fine_tuned",
+    "DEFECTS", "PROSE", "RECIPE2_TURN", "Defect", "answer", "answers", "continuation", "costs", "encoded", "fine_tuned",
     "generate_right_padded", "holm", "measure", "memorised", "official_tokenizer", "recipe1_prompt",
-    "recipe1_protocol", "recipe1_split", "recipe2_prompt", "score", "teacher_forced",
+    "recipe1_protocol", "recipe1_split", "recipe2_prompt", "score", "teacher_forced", "train",
 ]  # fmt: skip

@@ -12,13 +12,12 @@ from pathlib import Path
 import pandas as pd
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import GenerationConfig, TrainingArguments
+from peft import LoraConfig, get_peft_model
+from transformers import TrainingArguments
 
 from src import data, engine, prompts, qlora, recipes, runs, scoring
-from src.engine import decode
+from src.published.answering import answer
 
-BATCH = 64  # prompts decoded together where they are padded on the right
 PROSE = Path(__file__).with_name("defects.toml")
 
 
@@ -122,7 +121,7 @@ def answers(overrides: dict, seed: int, defects=DEFECTS, recipe: str = "demo") -
             models[defect.training] = fine_tuned(defect, overrides, seed, tokenizer, rows, recipe)
         if defect.answering not in given:
             asked = recipes.load(recipe, overrides), tokenizer, rows["evaluation"]
-            given[defect.answering] = _answer(defect, models[defect.training], *asked)
+            given[defect.answering] = answer(defect, models[defect.training], *asked)
     columns = ("id", "prediction", "stop", "tokens")
     found = {name: given[defect.answering] for name, defect in defects.items()}
     return {name: [{column: row[column] for column in columns} for row in part] for name, part in found.items()}
@@ -175,79 +174,29 @@ def fine_tuned(defect: Defect, overrides: dict, seed: int, tokenizer, rows: dict
 
 
 def train(defect: Defect, recipe, model, tokenizer, rows: dict, quantization, lora):
-    """Train the model's adapter on the rows as the defect has them, or load it from the run that did."""
+    """Train the model's adapter on the rows as the defect has them, or load it from the run that did; return the run.
+
+    Evaluates every epoch where the recipe keeps the best adapter, else never.
+    """
     device, dtype = model.device, quantization.bnb_4bit_compute_dtype
     parts = [prompts.dataset([defect.train(row) for row in rows[part]]) for part in ("train", "validation")]
+    when = "epoch" if recipe.training.load_best_model_at_end else "no"
     ours = {"eval_steps", "early_stopping_patience", "sample_rows", "keep_checkpoints", "optim"}  # no Trainer's fields
     arguments = TrainingArguments(
-        output_dir="outputs", seed=recipe.seed, eval_strategy="no", save_strategy="no", disable_tqdm=True,
+        output_dir="outputs", seed=recipe.seed, eval_strategy=when, save_strategy=when, disable_tqdm=True,
         bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, use_cpu=device.type == "cpu",
         optim=qlora.optimizer(recipe, device), **recipe.training.model_dump(exclude=ours),
     )  # fmt: skip
     limits = recipe.engine.model_dump(exclude={"dequantize", "batch_size"})
     plan = engine.plan(qlora.load_config(recipe), lora, quantization, arguments, parts[0], device, **limits)
-    trainer = engine.FastTrainer(model, arguments, *parts, tokenizer, plan)
+    rouge = recipe.training.metric_for_best_model == "rougeL"
+    generation = qlora.generation_config(recipe)
+    callbacks = [engine.SampleAnswers(parts[1], tokenizer, generation, 0, scoring.rouge_l)] if rouge else []
+    trainer = engine.FastTrainer(model, arguments, *parts, tokenizer, plan, callbacks)
     run = runs.open(recipe, trainer, prompts.template(tokenizer, recipe.prompt))
     if run.finished:
         run.load_adapter(trainer)
     else:
-        trainer.train()
+        trainer.train(resume_from_checkpoint=run.checkpoint())
         run.save(trainer, tokenizer)
-
-
-def _answer(defect: Defect, model, recipe, tokenizer, rows: list) -> list[dict]:
-    """The entries of `engine.generate` for the evaluation rows, asked and answered as the defect has it."""
-    asked = prompts.dataset([defect.ask(row) for row in rows])
-    if defect.teacher_forced:
-        return teacher_forced(model, tokenizer, asked)
-    if defect.merged:
-        whole = recipe.quantization.model_copy(update={"load_in_4bit": False})
-        recipe = recipe.model_copy(update={"quantization": whole})
-        model = merged(model, qlora.load_base(recipe, tokenizer, model.device))
-    generation = GenerationConfig(max_new_tokens=recipe.generation.max_new_tokens)
-    if defect.right_padded:
-        return generate_right_padded(model, tokenizer, asked, generation)
-    size = recipe.engine.batch_size
-    return engine.generate(model, tokenizer, asked, generation, batch_size=size, progress=False)
-
-
-def merged(model, base):
-    """An unquantised base model with the adapter of `model` merged into its weights."""
-    other = PeftModel(base, model.peft_config["default"])
-    other.load_state_dict({k: v for k, v in model.state_dict().items() if "lora_" in k}, strict=False)
-    return other.merge_and_unload().eval()
-
-
-@torch.inference_mode()
-def generate_right_padded(model, tokenizer, rows, generation) -> list[dict]:
-    """`engine.generate` with at least one pad token between every prompt and its answer."""
-    config = decode.complete(generation, tokenizer, model)
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # it warns of right padding, rightly
-    model.eval()
-    found, prompt_ids = [], list(rows["prompt_ids"])
-    for part in (prompt_ids[start : start + BATCH] for start in range(0, len(prompt_ids), BATCH)):
-        width = max(map(len, part)) + 1
-        ids = torch.tensor([p + [tokenizer.pad_token_id] * (width - len(p)) for p in part], device=model.device)
-        mask = torch.tensor([[1] * len(p) + [0] * (width - len(p)) for p in part], device=model.device)
-        output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-        found += output[:, width:].tolist()
-    transformers.logging.set_verbosity(verbosity)
-    return [decode.answer(row, new, tokenizer, config.eos_token_id) for row, new in zip(rows, found, strict=True)]
-
-
-@torch.inference_mode()
-def teacher_forced(model, tokenizer, rows) -> list[dict]:
-    """What a Trainer's compute_metrics calls predictions: the likeliest token after each of the reference's own.
-
-    An entry as of `engine.generate` for every row; each has exactly the reference's number of tokens, EOS included.
-    """
-    model.eval()
-    found = []
-    for row in rows:
-        supervised = sum(label != prompts.IGNORE for label in row["labels"])
-        ids = torch.tensor([row["input_ids"]], device=model.device)
-        logits = model(input_ids=ids, logits_to_keep=supervised + 1, use_cache=False).logits[0, :-1]
-        text = tokenizer.decode(logits.argmax(-1).tolist(), skip_special_tokens=True).strip()
-        found.append({"id": row["id"], "prediction": text, "stop": "reference", "tokens": supervised})
-    return found
+    return run

@@ -1,0 +1,214 @@
+"""A real model on real data: every training and answer behind the SmolLM2 rows of README.md and of notebook 05.
+
+    python benchmarks/real.py list                           # the stages, their jobs and optimizer steps
+    python benchmarks/real.py run FOLDER [PATTERN ...] [-w 6]  # needs CUDA; -w jobs share each GPU, a process each
+    python benchmarks/real.py score FOLDER                   # any machine: answers to results/real.json and tables
+
+A job trains one adapter (or none, for the base model) and answers whole splits, through the functions that notebooks
+02 and 03 call. It ends in FOLDER/<job>.json; a job whose file is there is not run again, so a run that was cut short
+goes on. The data has to be prepared (01) for both recipes.
+"""
+
+import argparse
+import fnmatch
+import functools
+import itertools
+import multiprocessing
+import os
+import pickle
+import re
+import sys
+import time
+import traceback
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from src import data, recipes, runs  # noqa: E402  (torch only in the processes that compute)
+
+SEEDS = (42, 1, 2)
+SPLITS = {"samsum_small": ("test",), "mts_dialog_small": ("validation", "test1", "test2")}
+SHORT = {"data.train_rows": 3000, "training.num_train_epochs": 1.0, "training.load_best_model_at_end": False}
+BITS = {  # how the base's weights are kept
+    "nf4": {}, "fp4": {"quantization.bnb_4bit_quant_type": "fp4"}, "16 bits": {"quantization.load_in_4bit": False},
+}  # fmt: skip
+ROWS = {100: 10, 300: 10, 1000: 5, 3000: 2, 10000: 2}  # training rows: epochs, of which the best is kept
+PADDED = "right-padded generation"
+DEFECTS = {  # trainings: (overrides, the defects of src/published that are answered with this adapter)
+    "corrected": ({}, ("corrected", "EOS ends the prompt", "merged, unquantised", "teacher-forced scoring", PADDED)),
+    "labels": ({}, ("labels from the prompt", "recipe 1 together")),
+    "prompt": ({}, ("loss on the prompt", "recipe 2 together")),
+    "eos": ({}, ("EOS unsupervised",)),
+    "bos": ({}, ("BOS twice",)),
+    "q and v": ({"lora.target_modules": ["q_proj", "v_proj"]}, ("q and v only",)),
+}  # fmt: skip
+BEAMS = "4 beams, no repeated 6-gram"
+DECODINGS = {  # ways of decoding: what they change in [generation]
+    "as the recipe": {},
+    **{f"no repeated {n}-gram": {"no_repeat_ngram_size": n} for n in (4, 6, 8)},
+    "repetition penalty 1.1": {"repetition_penalty": 1.1},
+    BEAMS: {"num_beams": 4, "no_repeat_ngram_size": 6},
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    name: str
+    recipe: str
+    overrides: dict
+    answered: tuple = ("corrected",)  # defects of src/published that share the adapter, which the first one trains
+    splits: tuple = ()  # the splits to answer; none: those of SPLITS
+    decodings: tuple = ("as the recipe",)
+
+
+def stages() -> dict[str, list[Job]]:
+    """All jobs, by stage. Settings are chosen on validation splits (tune); the comparisons are all alike (SHORT)."""
+    chats, notes = "samsum_small", "mts_dialog_small"
+    found = {name: [] for name in ("tune", "base", "main", "defects", "rank", "epochs", "rows", "bits", "best")}
+
+    def job(stage, name, recipe, overrides, **more):
+        found[stage].append(Job(f"{stage}-{name}", recipe, overrides, **more))
+
+    for rate in (5e-4, 2e-3):  # 1e-3 is "main"
+        job("tune", f"samsum-{rate}", chats, {"training.learning_rate": rate}, splits=("validation", "test"))
+    for rate, epochs in itertools.product((5e-4, 1e-3, 2e-3), (3, 5, 8)):  # the best by validation loss
+        values = {"training.learning_rate": rate, "training.num_train_epochs": float(epochs)}
+        job("tune", f"mts-{rate}-{epochs}", notes, values | {"training.load_best_model_at_end": True})
+    for rate, epochs in ((1e-3, 8), (1e-3, 5), (5e-4, 8), (2e-3, 5), (2e-3, 8)):  # the last
+        values = {"training.learning_rate": rate, "training.num_train_epochs": float(epochs)}
+        values |= {"training.load_best_model_at_end": False}
+        job("tune", f"mts-{rate}-{epochs}-last", notes, values, splits=("validation",), decodings=tuple(DECODINGS))
+    for bits, values in BITS.items():
+        for recipe in (chats, notes):
+            job("base", f"{recipe}-{bits}", recipe, values, answered=("base model", "teacher-forced scoring, base"))
+    for seed in SEEDS:
+        job("main", f"samsum-{seed}", chats, {"seed": seed}, splits=("validation", "test"))
+        job("main", f"mts-{seed}", notes, {"seed": seed}, decodings=("as the recipe", BEAMS))
+        values = {"seed": seed, "training.learning_rate": 1e-3, "training.num_train_epochs": 8.0}
+        values |= {"training.load_best_model_at_end": True, "training.metric_for_best_model": "rougeL"}
+        job("best", f"mts-rougeL-{seed}", notes, values)
+    for name, (overrides, answered) in DEFECTS.items():
+        for seed in SEEDS:
+            job("defects", f"{name}-{seed}", chats, SHORT | overrides | {"seed": seed}, answered=answered)
+    for rank, seed in itertools.product((4, 8, 16, 64), SEEDS):  # 32 is "corrected"
+        values = {"lora.r": rank, "lora.lora_alpha": 2 * rank, "seed": seed}
+        job("rank", f"{rank}-{seed}", chats, SHORT | values)
+    for epochs, seed in itertools.product((3, 2), SEEDS[:2]):  # 1 is "corrected"
+        job("epochs", f"{epochs}-{seed}", chats, SHORT | {"training.num_train_epochs": float(epochs), "seed": seed})
+    for (rows, epochs), seed in itertools.product(ROWS.items(), SEEDS[:2]):  # all rows are stage "main"
+        values = {"data.train_rows": rows, "training.num_train_epochs": float(epochs), "seed": seed}
+        job("rows", f"{rows}-{seed}", chats, values)
+    for bits, seed in itertools.product(("fp4", "16 bits"), SEEDS[:2]):  # nf4 is "corrected"
+        job("bits", f"{bits}-{seed}", chats, SHORT | BITS[bits] | {"seed": seed})
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------- training, answers
+
+
+def run(folder: Path, wanted: list[str], workers: int):
+    """Run the jobs whose name fits a pattern and that have no file in `folder` yet, `workers` at a time on each GPU."""
+    folder.mkdir(parents=True, exist_ok=True)
+    every = [job for jobs in stages().values() for job in jobs if not result(folder, job).is_file()]
+    jobs = [job for pattern in wanted for job in every if fnmatch.fnmatch(job.name, pattern)]
+    for recipe in {job.recipe for job in jobs}:
+        rows = folder / f"{recipe}.pickle"  # made once, for all processes
+        if not rows.is_file():
+            rows.write_bytes(pickle.dumps(prepared(recipe)))
+    context = multiprocessing.get_context("spawn")
+    queue, gpus = context.Queue(), len(os.popen("nvidia-smi --list-gpus").read().splitlines())
+    for job in [*jobs, *[None] * (workers * gpus)]:
+        queue.put(job)
+    started = [context.Process(target=_worker, args=(folder, queue)) for n in range(workers * gpus)]
+    for n, process in enumerate(started):
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(n % gpus)  # a new process sees one GPU
+        process.start()
+    for process in started:
+        process.join()
+
+
+def result(folder: Path, job: Job) -> Path:
+    return folder / f"{re.sub(r'[^a-zA-Z0-9.-]+', '_', job.name)}.json"
+
+
+@functools.cache
+def prepared(name: str):
+    """{split: encoded rows} of a recipe; its training rows are those without leaks."""
+    from src import prompts, qlora
+
+    recipe = recipes.load(name)
+    tokenizer, records = qlora.load_tokenizer(recipe), {"train": data.train_rows(recipe)}
+    records |= {split: data.load_split(recipe, split) for split in recipes.splits(recipe.data.dataset)[1:]}
+    return {s: [prompts.build(r, tokenizer, recipe.prompt) for r in p] for s, p in records.items()}
+
+
+def _worker(folder: Path, queue):
+    sys.stdout = open(folder / f"worker-{os.getpid()}.log", "w", buffering=1)
+    while (job := queue.get()) is not None:
+        try:
+            print("==", job.name, flush=True)
+            work(folder, job)
+        except Exception:
+            traceback.print_exc(file=sys.stdout)
+
+
+def work(folder: Path, job: Job):
+    """Train one job's adapter, answer its splits, and write both to its file."""
+    import torch
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    from src import engine, published, qlora
+
+    begin, recipe = time.perf_counter(), recipes.load(job.recipe, job.overrides)
+    tokenizer = qlora.load_tokenizer(recipe)
+    encoded = pickle.loads((folder / f"{job.recipe}.pickle").read_bytes())
+    rows = {"train": encoded["train"][: recipe.data.train_rows], "validation": encoded["validation"]}
+    defect, device = published.DEFECTS[job.answered[0]], qlora.resolve_device(recipe.device)
+    quantization, lora = (
+        qlora.quantization_config(recipe, device),
+        LoraConfig(task_type="CAUSAL_LM", **recipe.lora.model_dump()),
+    )
+    transformers.set_seed(recipe.seed)
+    model, trained = get_peft_model(qlora.load_base(recipe, tokenizer, device, quantization), lora), None
+    if defect.train:
+        trained = published.train(defect, recipe, model, tokenizer, rows, quantization, lora)
+    if engine.dequantized_fits(model):
+        engine.dequantize(model)
+    summary = {
+        "job": asdict(job),
+        "seconds": round(time.perf_counter() - begin, 1),
+        "gpu": torch.cuda.get_device_name(),
+    }
+    if trained:
+        summary |= {"run": trained.name, "config": trained.config, "manifest": trained.manifest, "log": trained.log}
+    summary["answers"] = []
+    for way, name, split in itertools.product(job.decodings, job.answered, job.splits or SPLITS[job.recipe]):
+        asked = recipe.model_copy(update={"generation": recipe.generation.model_copy(update=DECODINGS[way])})
+        begin = time.perf_counter()
+        found = published.answer(published.DEFECTS[name], model, asked, tokenizer, encoded[split])
+        kept = [{key: row[key] for key in ("id", "prediction", "tokens", "stop")} for row in found]
+        seconds = round(time.perf_counter() - begin, 1)
+        summary["answers"].append({"defect": name, "split": split, "decoding": way, "seconds": seconds, "rows": kept})
+        runs.write_json(result(folder, job).with_suffix(".part"), summary)
+    result(folder, job).with_suffix(".part").rename(result(folder, job))
+
+
+def main(arguments: list[str]):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("verb", choices=("list", "run", "score"))
+    parser.add_argument("folder", nargs="?", type=Path)
+    parser.add_argument("patterns", nargs="*", default=["*"])
+    parser.add_argument("-w", "--workers", type=int, default=6)
+    given = parser.parse_args(arguments)
+    if given.verb == "list":
+        for stage, jobs in stages().items():
+            print(stage, *(f"  {job.name}" for job in jobs), sep="\n")
+    elif given.verb == "run":
+        run(given.folder, given.patterns, given.workers)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
