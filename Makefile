@@ -24,11 +24,13 @@ check: .venv/installed  ## lint and formatting, notebooks included
 	$(BIN)/ruff format --check .
 
 notebooks: .venv/installed  ## run all notebooks in a copy of this folder, then take them over as they are committed
-	rm -rf .build && mkdir -p .build/outputs && cp -r src notebooks data .build/
+	rm -rf .build && mkdir -p .build/outputs && cp -r src notebooks .build/ && cp -rl data .build/
+	cp -r outputs/demo outputs/samsum_small .build/outputs/  # what readers filled; 05 shows SAMSum's defects
 	cd .build && ../$(BIN)/jupyter nbconvert --to notebook --execute --inplace \
 		--ExecutePreprocessor.record_timing=False notebooks/*.ipynb
 	cp .build/notebooks/*.ipynb notebooks/ && cp .build/outputs/published_recipes/* outputs/published_recipes/
-	rm -rf outputs/demo && cp -r .build/outputs/demo-*/evaluations/*/comparison outputs/demo && rm -rf .build
+	mv outputs/demo/ratings .build/ && rm -rf outputs/demo
+	cp -r .build/outputs/demo-*/evaluations/*/comparison outputs/demo && mv .build/ratings outputs/demo/ && rm -rf .build
 
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}: make PYTHON=python3.12 demo")'

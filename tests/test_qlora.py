@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from src import engine, prompts, qlora, recipes, runs
+from src import engine, prompts, qlora, recipes, runs, scoring
 from src.recipes import Prompt
 from tests.cells import BEAMS, CHANGED, SAMPLING, cell
 
@@ -329,6 +329,7 @@ def executed(recipe):
     no_hub = types.SimpleNamespace(**{**vars(qlora), "load_config": lambda recipe: None})
     rows = {"train": ["row"], "validation": types.SimpleNamespace(take=lambda n: f"{n} rows")}
     space = {"recipe": recipe, "qlora": no_hub, "torch": torch, "device": CPU, "transformers": transformers}
+    space |= {"training": recipe.training, "scoring": scoring}
     space |= {
         "engine": Recorder(),
         "runs": Recorder(),
@@ -359,8 +360,11 @@ def arrived(recipe) -> dict:
             if hasattr(objects[section], key):
                 found[f"{section}.{key}"] = runs.identity.plain(getattr(objects[section], key))
     found |= {f"engine.{key}": value for key, value in plan.items()}
-    taken = space["engine"].calls["SampleAnswers"][0][0]
-    found["training.sample_rows"] = int(taken.removesuffix(" rows"))
+    taken, _, _, found["training.sample_rows"], score = space["engine"].calls["SampleAnswers"][0]
+    if recipe.training.metric_for_best_model == "rougeL":  # then all validation rows are answered and scored
+        assert taken is space["rows"]["validation"] and score is scoring.rouge_l
+    else:
+        assert taken == f"{recipe.training.sample_rows} rows" and score is None
     waiting = [c for c in trainer["callbacks"] if isinstance(c, transformers.EarlyStoppingCallback)]
     found["training.early_stopping_patience"] = waiting[0].early_stopping_patience if waiting else None
     assert trainer["args"] is space["arguments"] and plan == {
@@ -400,7 +404,7 @@ def test_the_changed_values_cover_every_field_and_are_no_default():
 def test_every_field_of_a_recipe_arrives_under_its_own_name(name):
     recipe = recipes.load(name)
     found = arrived(recipe)
-    assert found == expected(recipe) and len(found) == 4 + 4 + 14 + 9 + 5
+    assert found == expected(recipe) and len(found) == 4 + 4 + 15 + 10 + 5
 
 
 @pytest.mark.parametrize("excluded", [BEAMS, SAMPLING])  # beams and sampling exclude each other
@@ -421,6 +425,16 @@ def test_evaluations_and_checkpoints_come_together(steps, when):
     assert arguments.seed == 7 and arguments.save_total_limit == 2 and not (arguments.bf16 or arguments.fp16)
     assert arguments.load_best_model_at_end and arguments.metric_for_best_model in ("loss", "eval_loss")
     assert arguments.greater_is_better is False and arguments.report_to in ("none", [])
+    rouge = recipes.load("demo", {"training.metric_for_best_model": "rougeL"})
+    assert executed(rouge)["arguments"].greater_is_better is True
+
+
+def test_the_generation_settings_of_src_are_those_of_03s_cell():
+    changed = {key: value for key, value in CHANGED.items() if key.startswith("generation.")}
+    for excluded in (BEAMS, SAMPLING, changed):  # beams, sampling, and neither
+        recipe = recipes.load("demo", {key: value for key, value in changed.items() if key not in excluded})
+        own, cells = (g.to_dict() for g in (qlora.generation_config(recipe), executed(recipe)["generation"]))
+        assert {k: v or None for k, v in own.items()} == {k: v or None for k, v in cells.items()}
 
 
 @pytest.mark.parametrize(("dtype", "flags"), [("bfloat16", (True, False)), ("float16", (False, True))])

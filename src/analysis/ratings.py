@@ -26,6 +26,7 @@ MEANING = {  # column that a reader marks: what a yes means
 HOW = {  # the line under the header: says in every column what belongs there
     "sheet id": "how to fill",
     "dialogue": "Judge each summary by its own dialogue. Lines may be sorted and columns added; change no text.",
+    "section": "the note section that was asked for, where there is one: what it does not ask for is no omission",
     "summary": "Yes is 1, x or yes; no is 0, no or empty. A line whose `faithful` is empty is not rated yet.",
     **MEANING,
     "reader": "who reads, once in the column, e.g. A. Reader (person) or the name of a model (model)",
@@ -56,7 +57,8 @@ def draw(of: str, predictions: dict[str, list[dict]], n: int = 30, seed: int = 4
     for number, (system, row) in enumerate(lines, 1):
         name = f"q{digest}-{number:03d}"  # no spreadsheet takes it for a number or a date
         texts = {"dialogue": row["dialogue"], "summary": row["prediction"]}
-        sheet.append({"sheet id": name} | texts | dict.fromkeys([*MEANING, "reader"], ""))
+        asked = {"section": row.get("section", "")}
+        sheet.append({"sheet id": name} | texts | asked | dict.fromkeys([*MEANING, "reader"], ""))
         key["lines"][name] = {"row": row["id"], "system": system} | {c: _digest(text) for c, text in texts.items()}
     return sheet, key
 
@@ -204,11 +206,11 @@ def summary(ratings: list[dict]) -> pd.DataFrame:
 def _difference(lost: int, won: int, n: int) -> str:
     """Percentage points: `won` pairs have the mark in the second system alone, `lost` in the first alone."""
     if n < scoring.FEW:
-        return f"{100 * (won - lost) / n:+.0f}" if n else ""
+        return f"{round(100 * (won - lost) / n):+d}" if n else ""
     more, middle = n + 2, (won - lost) / (n + 2)  # two pairs more, half a pair in each cell
     half = stats.norm.ppf(0.975) * ((won + lost + 1) / more - middle**2) ** 0.5 / more**0.5
     low, high = max(middle - half, -1), min(middle + half, 1)
-    return f"{100 * (won - lost) / n:+.0f} [{100 * low:+.0f}, {100 * high:+.0f}]"
+    return f"{round(100 * (won - lost) / n):+d} [{round(100 * low):+d}, {round(100 * high):+d}]"
 
 
 def kappa(first: list[dict], second: list[dict]) -> pd.DataFrame:

@@ -247,6 +247,25 @@ def test_the_log_file_holds_losses_evaluations_and_samples(trainer, rows, tokeni
     assert not any("train_runtime" in row for row in log)
 
 
+def test_the_best_adapter_can_be_the_one_whose_answers_score_best(trainer, rows, tokenizer, tmp_path, monkeypatch):
+    seen, scores = [], iter([0.75, 0.25])  # the first evaluation is the better one, whatever the losses say
+
+    def score(predictions, references):
+        seen.append((len(predictions), references))
+        return {"rougeL": next(scores)}
+
+    samples = SampleAnswers(rows, tokenizer, GenerationConfig(max_new_tokens=2, do_sample=False), 1, score)
+    t = trainer(also=[samples], metric_for_best_model="rougeL", load_best_model_at_end=True)
+    t.train()
+    losses = [row["eval_loss"] for row in t.state.log_history if "eval_loss" in row]
+    assert losses[1] < losses[0] and (t.state.best_metric, t.state.best_global_step) == (0.75, 3)
+    assert [(row["step"], row["eval_rougeL"]) for row in t.state.log_history if "eval_rougeL" in row] == [
+        (3, 0.75), (6, 0.25),
+    ]  # fmt: skip
+    assert seen == [(len(rows), list(rows["answer_text"]))] * 2
+    assert len([row for row in t.state.log_history if "sample" in row]) == 2  # one shown at each
+
+
 @pytest.mark.parametrize("config", [{"do_sample": False}, {"do_sample": True, "temperature": 2.0}], ids=str)
 def test_samples_change_nothing_and_leave_fused_layers_fused(trainer, rows, tokenizer, monkeypatch, config):
     """Generation enters `fused` as well; and dropout of later steps must not depend on what was sampled."""
