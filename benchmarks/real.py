@@ -115,7 +115,8 @@ def run(folder: Path, wanted: list[str], workers: int):
     """Run the jobs whose name fits a pattern and that have no file in `folder` yet, `workers` at a time on each GPU."""
     folder.mkdir(parents=True, exist_ok=True)
     every = [job for jobs in stages().values() for job in jobs if not result(folder, job).is_file()]
-    jobs = [job for pattern in wanted for job in every if fnmatch.fnmatch(job.name, pattern)]
+    chosen = {job.name: job for pattern in wanted for job in every if fnmatch.fnmatch(job.name, pattern)}
+    jobs = list(chosen.values())
     for recipe in {job.recipe for job in jobs}:
         rows = folder / f"{recipe}.pickle"  # made once, for all processes
         if not rows.is_file():
@@ -251,6 +252,8 @@ def setting(job: dict, answers: dict) -> str:
     """What tells this training and decoding from the recipe's own, in words; "" for what is not compared."""
     stage, _, name = job["name"].partition("-")
     way = "" if answers["decoding"] == "as the recipe" else f", {answers['decoding']}"
+    if stage == "tune" and answers["split"] != "validation":  # settings are chosen on validation; one shows the cost
+        return "as the recipe, but the best by validation loss" if name == "mts-0.002-5" else ""
     words = {
         "main": "as the recipe" + way,
         "base": "as the recipe" if name.endswith("nf4") else name.partition("-")[2],

@@ -1,6 +1,7 @@
 """The benchmark's tables are made from committed results, and the plan predicts what was measured."""
 
 import dataclasses
+import importlib
 import json
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 from transformers import MistralConfig, TrainingArguments
 
-from benchmarks import coverage, speed, tables
+from benchmarks import coverage, real, speed, tables
 from src import recipes, scoring
 from src.engine import planning
 
@@ -147,3 +148,56 @@ def test_equal_systems_are_made_by_swapping_within_rows(monkeypatch):
     assert all((second - first == 1).all() for first, second in seen[::2])
     swapped = np.array([second - first for first, second in seen[1::2]])
     assert set(np.abs(swapped).ravel()) == {1.0} and abs(swapped.mean()) < 0.1
+
+
+def test_every_job_on_real_data_is_a_recipe_and_has_a_file_of_its_own(tmp_path):
+    jobs = [job for stage in real.stages().values() for job in stage]
+    assert len({real.result(tmp_path, job) for job in jobs}) == len(jobs) == 79
+    published = importlib.import_module("src.published")
+    for job in jobs:
+        recipe = recipes.load(job.recipe, job.overrides)
+        assert set(job.splits) <= set(recipes.splits(recipe.data.dataset)) and set(job.decodings) <= set(real.DECODINGS)
+        trained = {published.DEFECTS[name].train for name in job.answered}
+        assert len(trained) == 1  # one adapter for all that a job answers
+    for values in real.DECODINGS.values():
+        recipes.load("mts_dialog_small", {f"generation.{key}": value for key, value in values.items()})
+
+
+def test_comparisons_differ_from_the_short_training_in_one_thing():
+    jobs = [job for stage in ("defects", "rank", "epochs", "bits") for job in real.stages()[stage]]
+    short = recipes.load("samsum_small", real.SHORT)
+    for job in jobs:
+        changed = recipes.load(job.recipe, job.overrides).model_copy(update={"seed": short.seed}).model_dump()
+        sections = [key for key, value in changed.items() if value != short.model_dump()[key]]
+        assert len(sections) <= 1, job.name  # rank and alpha go together
+
+
+def test_real_results_say_what_they_are():
+    found = tables.results("real")
+    kinds = {"dataset": {"samsum", "mts_dialog"}, "system": {"base", "finetuned"}}
+    kinds["scorer"] = {"rouge-score, stemmed", "rouge-score, unstemmed"}
+    sizes = {("samsum", "test"): 819, ("samsum", "validation"): 818, ("mts_dialog", "validation"): 100}
+    for r in found:
+        assert all(r[key] in known for key, known in kinds.items())
+        assert r["n"] == sizes.get((r["dataset"], r["split"]), 200) and 0 <= r["length_cap"] <= 1
+        for rouge in ("rouge1", "rouge2", "rougeL"):
+            assert 0 < r[f"{rouge}_low"] < r[rouge] < r[f"{rouge}_high"] < 100
+        if r["seed"] == "mean" and r["system"] == "finetuned":
+            same = [o for o in found if all(o[k] == r[k] for k in ("dataset", "split", "system", "setting"))]
+            seeds = [o["rouge1"] for o in same if o["seed"] != "mean"]
+            assert len(seeds) >= 2 and r["rouge1"] == pytest.approx(np.mean(seeds), abs=0.01)
+    tuned = {r["split"] for r in found if r["setting"].startswith("tuning")}
+    assert tuned == {"validation"} and len(found) > 90
+
+
+def test_settings_are_named_by_what_differs():
+    def named(name, overrides=None, **answers):
+        job = {"name": name, "overrides": overrides or {}}
+        return real.setting(job, {"decoding": "as the recipe", "split": "test", "defect": "corrected", **answers})
+
+    assert named("main-samsum-42") == named("base-samsum_small-nf4") == "as the recipe"
+    assert named("main-mts-1", decoding=real.BEAMS) == "as the recipe, 4 beams, no repeated 6-gram"
+    assert named("rank-8-1", {"lora.r": 8}) == "3,000 rows, 1 epoch, rank 8"
+    assert named("bits-16 bits-1") == "3,000 rows, 1 epoch, 16 bits"
+    assert named("tune-mts-0.001-8") == "" and named("tune-mts-0.001-8", split="validation") == "tuning: 0.001-8"
+    assert named("defects-labels-1", defect="labels from the prompt") == ""

@@ -57,7 +57,7 @@ def published(dataset: str) -> pd.DataFrame:
     table = pd.read_csv(PUBLISHED, dtype=str, keep_default_na=False).set_index("system")
     table = table[table["dataset"] == dataset].drop(columns=["dataset", "source"])
     table = table.loc[:, [bool((table[column] != "").any()) for column in table]]
-    scores = [column for column in table if column in scoring.COLUMNS]
+    scores = [column for column in table if column.startswith(("ROUGE", *scoring.COLUMNS))]
     table[scores] = table[scores].map(lambda value: f"{Decimal(value):.3f}" if value else "")
     return table
 
