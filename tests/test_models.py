@@ -112,7 +112,7 @@ def small():
 
 def test_the_real_models_tokens_are_pinned(small):
     tokenizer = qlora.load_tokenizer(small)
-    assert tokenizer("A chat in 2026.")["input_ids"] == [49, 8591, 281, 216, 34, 32, 34, 38, 30]  # digits one by one
+    assert tokenizer("A chat in 2026.")["input_ids"] == [49, 11743, 281, 216, 34, 32, 34, 38, 30]  # digits one by one
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
         "<|im_start|>",
         "<|im_end|>",

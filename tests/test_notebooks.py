@@ -81,7 +81,7 @@ def copy_repository(folder, raw=None):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "data" / "raw").mkdir(parents=True)
     (folder / "data" / "demo").symlink_to(ROOT / "data" / "demo")
-    for name in ("sources.toml", "published_scores.csv"):
+    for name in ("sources.toml", "models.toml", "published_scores.csv"):
         shutil.copy(ROOT / "data" / name, folder / "data" / name)
     if raw:
         (folder / "data" / "raw" / raw).symlink_to(ROOT / "data" / "raw" / raw)

@@ -15,7 +15,7 @@ SECTIONS = ("data", "prompt", "quantization", "lora", "training", "generation", 
 FLOATS = (
     "lora.lora_dropout", "training.num_train_epochs", "training.learning_rate", "training.warmup_steps",
     "training.weight_decay", "training.max_grad_norm", "generation.length_penalty", "generation.temperature",
-    "generation.top_p", "engine.memory_gib",
+    "generation.repetition_penalty", "generation.top_p", "engine.memory_gib",
 )  # fmt: skip
 SAMPLING = {"generation.do_sample": True}
 
@@ -37,10 +37,19 @@ def refusal(overrides, name="samsum"):
 
 
 def test_every_recipe_loads():
-    assert recipes.names() == ("custom", "demo", "mts_dialog", "mts_dialog_best", "samsum", "samsum_best")
+    assert recipes.names() == (
+        "custom",
+        "demo",
+        "mts_dialog",
+        "mts_dialog_best",
+        "mts_dialog_small",
+        "samsum",
+        "samsum_best",
+        "samsum_small",
+    )
     loaded = [load(name) for name in recipes.names()]
     assert [recipe.name for recipe in loaded] == list(recipes.names())
-    assert len({recipe.model_dump_json(exclude={"name"}) for recipe in loaded}) == 6
+    assert len({recipe.model_dump_json(exclude={"name"}) for recipe in loaded}) == 8
 
 
 @pytest.mark.parametrize("name", recipes.names())

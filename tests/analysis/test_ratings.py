@@ -60,7 +60,7 @@ def test_the_sheet_is_blind_shuffled_and_drawn_by_the_seed(tmp_path):
     path, key = drawn(tmp_path, n=6)
     lines = cells(path)
     assert list(lines[0]) == [
-        "sheet id", "dialogue", "summary", "faithful", "wrong speaker", "invented", "omission", "reader",
+        "sheet id", "dialogue", "section", "summary", "faithful", "wrong speaker", "invented", "omission", "reader",
     ]  # fmt: skip
     assert lines[0]["invented"] == "it says something that the dialogue does not say"  # the line that explains
     assert len(lines) == 1 + 12 and all(line["faithful"] == "" for line in lines[1:])

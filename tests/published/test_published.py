@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, 
 from src import data, prompts, published, qlora, recipes, runs, scoring
 from src.analysis import tables
 from src.engine import decode
-from src.published import defects
+from src.published import answering, defects
 from src.published.costs import verdict as verdict_of
 from tests.test_data import needs_mts
 
@@ -86,7 +86,9 @@ def test_teacher_forced_predictions_are_guesses_after_the_references_own_tokens(
     tokenizer = qlora.load_tokenizer(recipe)
     model = qlora.load_base(recipe, tokenizer, torch.device("cpu")).eval()
     rows = prompts.build_all(records, tokenizer, recipe.prompt)
-    spell = SimpleNamespace(decode=lambda ids, skip_special_tokens: " ".join(map(str, ids)))  # shows every id
+    spell = SimpleNamespace(
+        pad_token_id=tokenizer.pad_token_id, decode=lambda ids, skip_special_tokens: " ".join(map(str, ids))
+    )  # shows every id
     for row, found in zip(rows, published.teacher_forced(model, spell, rows), strict=True):
         answer = [label for label in row["labels"] if label != X]
         ids, guesses = list(row["prompt_ids"]), []
@@ -241,7 +243,7 @@ def test_defects_that_train_alike_share_a_run(tmp_path, monkeypatch):
     overrides = {"data.train_rows": 8, "data.validation_rows": 2, "evaluation.rows": 4, "device": "cpu"}
     overrides |= {"generation.max_new_tokens": 4}
     names = ("corrected", "prompt scored", "merged, unquantised", "base model", "rank 4", "right-padded generation")
-    monkeypatch.setattr(defects, "BATCH", 3)  # of 4 rows: two batches
+    monkeypatch.setattr(answering, "BATCH", 3)  # of 4 rows: two batches
     measured = published.measure(overrides, (1,), {name: published.DEFECTS[name] for name in names})
     assert set(measured["defect"]) == set(names) and measured["seed"].eq(1).all()
     found = {run.config["recipe"]["name"]: run for run in runs.finished()}
