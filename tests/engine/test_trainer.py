@@ -255,7 +255,7 @@ def test_the_best_adapter_can_be_the_one_whose_answers_score_best(trainer, rows,
         return {"rougeL": next(scores)}
 
     samples = SampleAnswers(rows, tokenizer, GenerationConfig(max_new_tokens=2, do_sample=False), 1, score)
-    t = trainer(also=[samples], metric_for_best_model="rougeL", load_best_model_at_end=True)
+    t = trainer(also=[samples], metric_for_best_model="rougeL", greater_is_better=True)
     t.train()
     losses = [row["eval_loss"] for row in t.state.log_history if "eval_loss" in row]
     assert losses[1] < losses[0] and (t.state.best_metric, t.state.best_global_step) == (0.75, 3)
