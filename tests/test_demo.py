@@ -80,12 +80,13 @@ def test_a_shortened_run_learns_to_summarise(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "ROOT", tmp_path)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "demo").symlink_to(DEMO)
-    overrides = {"data.train_rows": 400, "data.validation_rows": 20, "evaluation.rows": 40, "device": "cpu", "seed": 42}
-    recipe = recipes.load("demo", overrides | {"training.per_device_train_batch_size": 4})
+    overrides = {"data.train_rows": 400, "data.validation_rows": 20, "evaluation.rows": 40, "device": "cpu"}
+    overrides |= {"training.per_device_train_batch_size": 4}
+    recipe = recipes.load("demo", overrides)
     data.prepare(recipe)
     tokenizer, records = qlora.load_tokenizer(recipe), data.load(recipe)
     rows = {name: [prompts.build(r, tokenizer, recipe.prompt) for r in part] for name, part in records.items()}
-    model = published.fine_tuned("corrected", recipe, published.DEFECTS["corrected"], tokenizer, rows)
+    model = published.fine_tuned(published.DEFECTS["corrected"], overrides, 42, tokenizer, rows)
     asked, greedy = prompts.dataset(rows["evaluation"]), GenerationConfig(max_new_tokens=96)
     with model.disable_adapter():
         base = engine.generate(model, tokenizer, asked, greedy, progress=False)

@@ -674,6 +674,7 @@ def test_other_splits_rows_and_decoding_are_other_evaluations_of_the_same_run(fi
         {"generation.num_beams": 2}, {"generation.num_beams": 2, "generation.length_penalty": 0.5},
         {"generation.do_sample": True}, {"generation.do_sample": True, "generation.top_p": 0.5},
         {"generation.no_repeat_ngram_size": 3}, {"generation.min_new_tokens": 2},
+        {"generation.repetition_penalty": 1.2},
     ]  # fmt: skip
     others = [scored(finished, change) for change in changes]
     assert len({first.name, *(other.name for other in others)}) == len(changes) + 1
@@ -685,13 +686,13 @@ def test_other_splits_rows_and_decoding_are_other_evaluations_of_the_same_run(fi
     assert scored(finished, {"engine.batch_size": 1, "engine.dequantize": "off", "device": "auto"}) == first
 
 
-@pytest.mark.parametrize("edit", ["top_k=50", "repetition_penalty=1.0", "use_cache=True", "num_return_sequences=1"])
+@pytest.mark.parametrize("edit", ["top_k=50", "min_length=0", "use_cache=True", "num_return_sequences=1"])
 def test_defaults_written_out_are_the_same_evaluation(finished, edit):
     assert scored(finished, edit=edit) == scored(finished)
 
 
 @pytest.mark.parametrize(
-    "edit", ["repetition_penalty=1.2", "eos_token_id=5", "suppress_tokens=[7]", "stop_strings=['x']"]
+    "edit", ["encoder_repetition_penalty=1.2", "eos_token_id=5", "suppress_tokens=[7]", "stop_strings=['x']"]
 )
 def test_decoding_that_a_recipe_does_not_have_counts_too(finished, edit):
     assert scored(finished, edit=edit) != scored(finished)
