@@ -130,11 +130,8 @@ def over_seeds(rows: list[dict[str, np.ndarray]], seed: int) -> dict[str, dict]:
     sizes = [len(next(iter(scored.values()))) for scored in rows]
     if len(rows) < 2 or len(set(sizes)) > 1:
         raise ValueError(f"Seeds with {sizes} rows: expected the same rows for at least two seeds.")
-    by_seed, intervals, found = (
-        [corpus(scored) for scored in rows],
-        _intervals(rows, [1 / len(rows)] * len(rows), seed),
-        {},
-    )
+    by_seed, found = [corpus(scored) for scored in rows], {}
+    intervals = _intervals(rows, [1 / len(rows)] * len(rows), seed)
     for column in by_seed[0]:
         values = np.array([scores[column] for scores in by_seed])
         value, sd = float(values.mean()), float(values.std(ddof=1))

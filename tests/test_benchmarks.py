@@ -186,6 +186,8 @@ def test_real_results_say_what_they_are():
             same = [o for o in found if all(o[k] == r[k] for k in ("dataset", "split", "system", "setting"))]
             seeds = [o["rouge1"] for o in same if o["seed"] != "mean"]
             assert len(seeds) >= 2 and r["rouge1"] == pytest.approx(np.mean(seeds), abs=0.01)
+            caps = [o["length_cap"] for o in same if o["seed"] != "mean"]
+            assert r["length_cap"] == pytest.approx(np.mean(caps), abs=1e-4)
     tuned = {r["split"] for r in found if r["setting"].startswith("tuning")}
     assert tuned == {"validation"} and len(found) > 90
 
