@@ -168,8 +168,8 @@ def fine_tuned(defect: Defect, overrides: dict, seed: int, tokenizer, rows: dict
     model = get_peft_model(qlora.load_base(recipe, tokenizer, device, quantization), lora)
     if defect.train:
         train(defect, recipe, model, tokenizer, rows, quantization, lora)
-    if device.type == "cuda" and engine.dequantized_fits(model):
-        engine.dequantize(model)  # the same values in 16 bits: faster answers
+    if engine.dequantized_fits(model):
+        engine.dequantize(model)  # the same values, kept once they are computed: faster answers
     return model
 
 
