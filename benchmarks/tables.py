@@ -168,10 +168,35 @@ def real() -> str:
         about = f"{name} {split}, n={found['base']['n']}, {found['base']['scorer'].split(', ')[1]}"
         for system, label in {"base": "base", "finetuned": "fine-tuned"}.items():
             r, faithful = found[system], ratings(dataset)["faithful"][label] if was_read else ""
-            cells = [f"{r[c]:.1f} [{r[f'{c}_low']:.1f}, {r[f'{c}_high']:.1f}]" for c in ("rouge1", "rouge2", "rougeL")]
+            cells = [interval(r, column) for column in ("rouge1", "rouge2", "rougeL")]
             rows.append([about, label, *cells, faithful])
             about = ""
     return markdown(["SmolLM2-135M, 4 bits", "", "ROUGE-1", "ROUGE-2", "ROUGE-L", "faithful, as read"], rows)
+
+
+def comparisons() -> str:
+    """SmolLM2 on SAMSum's test split by training rows, and by the bits of its weights, from results/real.json."""
+    found = [r for r in results("real") if (r["dataset"], r["split"], r["seed"]) == ("samsum", "test", "mean")]
+    base = {r["setting"]: r for r in found if r["system"] == "base"}
+    tuned = {r["setting"]: r for r in found if r["system"] == "finetuned"}
+
+    none, whole, short = base["as the recipe"]["rougeL"], tuned["as the recipe"], "3,000 rows, 1 epoch"
+    curve = []
+    for r in sorted((r for r in tuned.values() if "best of" in r["setting"] or r is whole), key=lambda r: r["rows"]):
+        gain = (r["rougeL"] - none) / (whole["rougeL"] - none)
+        curve.append([f"{r['rows']:,}", interval(r, "rougeL"), f"{gain:.0%}"])
+    bits = [
+        ["16 bits", "16 bits", f"{short}, 16 bits"],
+        ["NF4", "as the recipe", short],
+        ["FP4", "fp4", f"{short}, fp4"],
+    ]
+    weights = [[name, interval(base[b], "rougeL"), interval(tuned[t], "rougeL")] for name, b, t in bits]
+    by_rows = markdown(["training rows", "ROUGE-L", "of the whole gain over the base"], curve)
+    return f"{by_rows}\n\n{markdown(['weights', 'ROUGE-L, base', f'fine-tuned ({short})'], weights)}"
+
+
+def interval(r: dict, column: str) -> str:
+    return f"{r[column]:.1f} [{r[f'{column}_low']:.1f}, {r[f'{column}_high']:.1f}]"
 
 
 def ratings(dataset: str) -> dict[str, dict]:
@@ -188,6 +213,7 @@ BLOCKS = {  # file: {marker: what stands between <!-- marker --> and <!-- end --
         "cpu": cpu,
         "signs": signs,
         "coverage": coverage,
+        "comparisons": comparisons,
     },  # fmt: skip
 }
 

@@ -169,7 +169,7 @@ def fine_tuned(defect: Defect, overrides: dict, seed: int, tokenizer, rows: dict
     if defect.train:
         train(defect, recipe, model, tokenizer, rows, quantization, lora)
     if engine.dequantized_fits(model):
-        engine.dequantize(model)  # the same values, kept once they are computed: faster answers
+        engine.dequantize(model)  # the same values, computed once and not at every step
     return model
 
 
