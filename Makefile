@@ -13,6 +13,9 @@ demo: .venv/installed  ## the whole chain on the embedded data and model: CPU, m
 run: .venv/installed  ## any recipe headless: make run EXPERIMENT=samsum OVERRIDES='{"lora.r": 8}'
 	$(BIN)/python -m src.run '$(EXPERIMENT)' '$(OVERRIDES)'
 
+try: .venv/installed  ## base and fine-tuned summary of your own dialogue: make try FILE=chat.txt [SECTION=ALLERGY] [RUN=demo]
+	@$(BIN)/python -m src.try_it "$$FILE" "$$SECTION" "$$RUN"
+
 lab: .venv/installed  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks
 
@@ -30,7 +33,8 @@ notebooks: .venv/installed  ## run all notebooks in a copy of this folder, then 
 		--ExecutePreprocessor.record_timing=False notebooks/*.ipynb
 	cp .build/notebooks/*.ipynb notebooks/ && cp .build/outputs/published_recipes/* outputs/published_recipes/
 	mv outputs/demo/ratings .build/ && rm -rf outputs/demo
-	cp -r .build/outputs/demo-*/evaluations/*/comparison outputs/demo && mv .build/ratings outputs/demo/ && rm -rf .build
+	cp -r .build/outputs/demo-*/evaluations/*/comparison outputs/demo && mv .build/ratings outputs/demo/
+	cp -r .build/outputs/demo-*/adapter .build/outputs/demo-*/config.json outputs/demo/ && rm -rf .build  # for 06 and try
 
 .venv/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}: make PYTHON=python3.12 demo")'
@@ -38,4 +42,4 @@ notebooks: .venv/installed  ## run all notebooks in a copy of this folder, then 
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-.PHONY: help demo run lab test check notebooks
+.PHONY: help demo run try lab test check notebooks

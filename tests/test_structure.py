@@ -20,6 +20,7 @@ MAY_IMPORT = {  # room or file of src: what of src it may import beside itself
     "scoring": {"recipes", "runs", "intervals"},
     "qlora": {"recipes", "runs", "data", "prompts", "scoring", "engine"},
     "run": {"recipes", "runs", "analysis"},  # analysis for its last words, see below
+    "try_it": {"recipes", "runs", "data", "prompts", "qlora", "engine", "analysis"},  # marks in a terminal
     "metrics": set(),
     "engine": set(),
     "analysis": {"recipes", "runs", "data", "scoring"},
@@ -89,8 +90,8 @@ def test_imports_go_one_way():
 
 
 def test_nothing_but_notebooks_tests_and_two_benchmarks_imports_analysis():
-    # run.py for its last words; signs.py measures it; coverage.py draws real summaries with it
-    allowed = {"src/run.py", "benchmarks/signs.py", "benchmarks/coverage.py"}
+    # run.py for its last words; try_it.py for marks; signs.py measures it; coverage.py draws real summaries with it
+    allowed = {"src/run.py", "src/try_it.py", "benchmarks/signs.py", "benchmarks/coverage.py"}
     importing = {
         name(path)
         for path in [*SOURCES, *sorted((ROOT / "benchmarks").glob("*.py")), *sorted((ROOT / "data").rglob("*.py"))]
@@ -143,7 +144,7 @@ def listed(paths) -> str:
     return "\n".join(f"{length(path):6} {name(path)}" for path in sorted(paths, key=length, reverse=True))
 
 
-@pytest.mark.parametrize(("folder", "budget"), [("src", 1250), ("src/engine", 1320), ("src/analysis", 1191)])
+@pytest.mark.parametrize(("folder", "budget"), [("src", 1370), ("src/engine", 1320), ("src/analysis", 1191)])
 def test_rooms_stay_within_their_budget(folder, budget):
     paths = sorted((ROOT / folder).glob("*.py"))
     lines = sum(map(length, paths))

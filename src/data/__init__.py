@@ -22,10 +22,10 @@ from src.data.prepare import (
     train_rows,
     validation_rows,
 )
-from src.data.records import DataError, read_rows, read_table
+from src.data.records import DataError, normalise, read_rows, read_table
 
 __all__ = [
     "DataError", "audit", "evaluation_rows", "fetch", "fetch_model", "fingerprint", "key", "load", "load_split",
-    "packaged", "prepare", "processed_dir", "published_file", "read_rows", "read_table", "report", "seen", "source",
-    "source_files", "split_by_seed", "train_rows", "validation_rows",
+    "normalise", "packaged", "prepare", "processed_dir", "published_file", "read_rows", "read_table", "report",
+    "seen", "source", "source_files", "split_by_seed", "train_rows", "validation_rows",
 ]  # fmt: skip
