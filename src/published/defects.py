@@ -3,9 +3,15 @@
 defects.toml says who published which, and why it matters.
 """
 
+import contextlib
 import dataclasses
+import io
+import itertools
+import multiprocessing
+import os
 import re
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -94,18 +100,38 @@ DEFECTS = {
 }
 
 
-def measure(overrides: dict, seeds, defects=DEFECTS, recipe: str = "demo") -> pd.DataFrame:
+def measure(overrides: dict, seeds, defects=DEFECTS, recipe: str = "demo", workers: int | None = None) -> pd.DataFrame:
     """One row a defect and seed: scores and how answers ended, on the recipe's evaluation rows.
 
     `overrides`: of the recipe, for all of them. What is not trained depends on no seed and has one row, of the first.
+    `workers`: processes side by side, each with one thread; by default one a core on a CPU, and 1 on a GPU.
     """
-    _, rows = encoded(recipes.load(recipe, overrides))
-    found = []
+    if workers is None:
+        on_cpu = qlora.resolve_device(recipes.load(recipe, overrides).device).type == "cpu"
+        workers = os.cpu_count() if on_cpu else 1
+    jobs = []  # one a seed and training, so that no adapter is trained twice at once
     for seed in seeds:
-        chosen = {name: defect for name, defect in defects.items() if defect.train or seed == seeds[0]}
-        for name, given in answers(overrides, seed, chosen, recipe).items():
-            found.append({"defect": name, "seed": seed} | score(defects[name], given, rows["evaluation"]))
-    return pd.DataFrame(found)
+        chosen = [name for name, defect in defects.items() if defect.train or seed == seeds[0]]
+        for training in {defects[name].training: None for name in chosen}:
+            jobs.append((overrides, seed, {n: defects[n] for n in chosen if defects[n].training == training}, recipe))
+    if workers == 1:
+        found = [_measured(*job) for job in jobs]
+    else:
+        spawn = multiprocessing.get_context("spawn")  # a forked child would hang in torch's threads
+        with ProcessPoolExecutor(workers, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            found = list(pool.map(_measured, *zip(*jobs, strict=True)))
+    order = list(defects)
+    rows = sorted(itertools.chain(*found), key=lambda row: (seeds.index(row["seed"]), order.index(row["defect"])))
+    return pd.DataFrame(rows)
+
+
+def _measured(overrides: dict, seed: int, defects: dict, recipe: str) -> list[dict]:
+    """The rows of `measure` for one seed and defects that share a training; what it prints is dropped."""
+    qlora.quiet()
+    with contextlib.redirect_stdout(io.StringIO()):
+        given = answers(overrides, seed, defects, recipe)
+        _, rows = encoded(recipes.load(recipe, overrides))
+        return [{"defect": n, "seed": seed} | score(defects[n], part, rows["evaluation"]) for n, part in given.items()]
 
 
 def answers(overrides: dict, seed: int, defects=DEFECTS, recipe: str = "demo") -> dict[str, list[dict]]:

@@ -244,7 +244,8 @@ def test_defects_that_train_alike_share_a_run(tmp_path, monkeypatch):
     overrides |= {"generation.max_new_tokens": 4}
     names = ("corrected", "prompt scored", "merged, unquantised", "base model", "rank 4", "right-padded generation")
     monkeypatch.setattr(answering, "BATCH", 3)  # of 4 rows: two batches
-    measured = published.measure(overrides, (1,), {name: published.DEFECTS[name] for name in names})
+    chosen = {name: published.DEFECTS[name] for name in names}
+    measured = published.measure(overrides, (1,), chosen, workers=1)
     assert set(measured["defect"]) == set(names) and measured["seed"].eq(1).all()
     found = {run.config["recipe"]["name"]: run for run in runs.finished()}
     assert set(found) == {"published-corrected", "published-rank_4"}
@@ -252,7 +253,7 @@ def test_defects_that_train_alike_share_a_run(tmp_path, monkeypatch):
         "published-corrected": 16,
         "published-rank_4": 4,
     }
-    again = published.measure(overrides, (1,), {name: published.DEFECTS[name] for name in names})
+    again = published.measure(overrides, (1,), chosen, workers=1)
     pd.testing.assert_frame_equal(again, measured)  # found, not trained again
     given = published.answers(overrides, 1, {"prompt scored": published.DEFECTS["prompt scored"]})["prompt scored"]
     assert len(runs.finished()) == 2  # alone it still finds the run of "corrected"
@@ -260,8 +261,17 @@ def test_defects_that_train_alike_share_a_run(tmp_path, monkeypatch):
     _, rows = published.encoded(recipes.load("demo", overrides))
     scored = published.score(published.DEFECTS["prompt scored"], given, rows["evaluation"])
     assert scored["ROUGE-L"] == measured.set_index("defect")["ROUGE-L"]["prompt scored"]
-    base = {name: published.DEFECTS[name] for name in ("base model", "teacher-forced scoring, base")}
-    assert published.measure(overrides, (1, 2), base)["seed"].tolist() == [1, 1]  # no seed in it
+
+
+def test_measuring_in_processes_side_by_side_is_measuring_one_after_the_other():
+    data.prepare(recipes.load("demo"))
+    overrides = {"evaluation.rows": 4, "data.train_rows": 4, "generation.max_new_tokens": 4, "device": "cpu"}
+    names = ("newline between letters, base", "base model", "teacher-forced scoring, base")
+    base = {name: published.DEFECTS[name] for name in names}
+    alone = published.measure(overrides, (1, 2), base, workers=1)
+    assert alone["seed"].tolist() == [1, 1, 1] and alone["defect"].tolist() == list(names)  # no seed in the base
+    assert alone["ROUGE-L"].nunique() == 3
+    pd.testing.assert_frame_equal(published.measure(overrides, (1, 2), base, workers=2), alone)
 
 
 def test_every_defect_but_the_controls_is_explained_and_measured():
