@@ -56,18 +56,18 @@ def read_dialogue(file: str) -> str:
     return text
 
 
-def train_rows(recipe) -> list[dict]:
-    """The rows of the training split, for examples and names of sections. Those of the demo need no notebook first."""
+def read_split(recipe, split: str = "train") -> list[dict]:
+    """The rows of a split, for examples, names of sections and scores. Those of the demo need no notebook first."""
     if recipe.data.dataset == "demo":
-        return data.read_rows(runs.ROOT / "data" / "demo" / "train.csv")
-    return data.load_split(recipe, "train")
+        return data.read_rows(runs.ROOT / "data" / "demo" / f"{split}.csv")
+    return data.load_split(recipe, split)
 
 
 def sections(recipe) -> list[str]:
     """The sections that a recipe's prompts may name, the most frequent first; none where its prompts name none."""
     if "{section}" not in recipe.prompt.instruction:
         return []
-    return [name for name, _ in Counter(row["section"] for row in train_rows(recipe)).most_common() if name]
+    return [name for name, _ in Counter(row["section"] for row in read_split(recipe)).most_common() if name]
 
 
 def choose_section(recipe, wanted: str = "") -> str:
@@ -174,7 +174,7 @@ def main(file: str = "", section: str = "", run_name: str = "") -> int:
 
         try:
             tokenizer, model = load(run)
-            shots = train_rows(recipe) if recipe.prompt.few_shot else ()
+            shots = read_split(recipe) if recipe.prompt.few_shot else ()
             rows = prompt_rows(dialogue, chosen, tokenizer, recipe.prompt, shots)
             found = answers(model, tokenizer, rows, qlora.generation_config(recipe))
         except (qlora.ModelError, prompts.PromptError) as error:
@@ -189,7 +189,7 @@ def main(file: str = "", section: str = "", run_name: str = "") -> int:
     if any(kind in FLAGS for a in found.values() for _, kind in marks.pieces(a["prediction"], dialogue)):
         print(marks.TEXT_LEGEND)
     if recipe.data.dataset == "demo":
-        print("The demo's base knows the demo's dialogues alone: outside of these it invents. Not for clinical use.")
+        print("The demo learnt from a few kinds of dialogues: outside of these it invents. Not for clinical use.")
     return 0
 
 

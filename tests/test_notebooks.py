@@ -31,6 +31,7 @@ def test_there_are_notebooks_to_check():
         "03_evaluate",
         "04_compare",
     ]
+    assert NOTEBOOKS[-1].stem == "06_use_it"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

@@ -21,6 +21,7 @@ MAY_IMPORT = {  # room or file of src: what of src it may import beside itself
     "qlora": {"recipes", "runs", "data", "prompts", "scoring", "engine"},
     "run": {"recipes", "runs", "analysis"},  # analysis for its last words, see below
     "try_it": {"recipes", "runs", "data", "prompts", "qlora", "engine", "analysis"},  # marks in a terminal
+    "takehome": {"runs"},
     "metrics": set(),
     "engine": set(),
     "analysis": {"recipes", "runs", "data", "scoring"},
@@ -144,7 +145,7 @@ def listed(paths) -> str:
     return "\n".join(f"{length(path):6} {name(path)}" for path in sorted(paths, key=length, reverse=True))
 
 
-@pytest.mark.parametrize(("folder", "budget"), [("src", 1370), ("src/engine", 1320), ("src/analysis", 1191)])
+@pytest.mark.parametrize(("folder", "budget"), [("src", 1500), ("src/engine", 1320), ("src/analysis", 1191)])
 def test_rooms_stay_within_their_budget(folder, budget):
     paths = sorted((ROOT / folder).glob("*.py"))
     lines = sum(map(length, paths))

@@ -4,12 +4,14 @@ import io
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 
 import pytest
 
-from src import recipes, runs, try_it
+from src import prompts, qlora, recipes, runs, takehome, try_it
+from tests.test_notebooks import code_of
 
 CHAT = "Doctor: Any allergies?\nPatient: Yes, to penicillin. I got a rash.\n"
 
@@ -129,3 +131,108 @@ def test_columns_stay_columns_whatever_a_model_answers():
     assert lines[0] == "BASE                 | FINE-TUNED" and {line.find("|") for line in lines} == {21}
     assert "(empty)" in lines[2] and max(map(len, lines)) <= 43
     assert "cut at the cap, 0.5 s, 10 tokens/s" in " ".join(line[23:] for line in lines)
+
+
+def executed(name):
+    """The text that the committed notebook printed and showed."""
+    cells = json.loads((runs.ROOT / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+    outputs = [output for cell in cells if cell["cell_type"] == "code" for output in cell["outputs"]]
+    return "\n".join("".join(o.get("text", "")) + "".join(o.get("data", {}).get("text/plain", "")) for o in outputs)
+
+
+def test_06_shows_its_objects_scores_the_merged_model_and_uploads_nothing():
+    code, shown = code_of("06_use_it"), executed("06_use_it")
+    for words in ("GenerationConfig(", "merge_and_unload()", "follow_the_card(", "PUSH = False", "if PUSH:"):
+        assert words in code, words
+    assert re.search(r"^base +40 .*\nfine-tuned +40 .*\nmerged, 16 bits +40 ", shown, re.M)
+    assert re.search(r"merged minus fine-tuned, ROUGE-L: -?0\.\d{3} \[-?0\.\d{3}, 0\.\d{3}\]; \d+ of 40 answers", shown)
+    assert "outputs/merged-demo" in shown and str(runs.ROOT) not in shown
+
+
+@pytest.mark.skipif(
+    "avx512_bf16" in open("/proc/cpuinfo", encoding="utf-8").read(), reason="bitsandbytes computes in 16 bits here"
+)
+def test_the_cards_own_code_answers_in_a_fresh_process_as_the_run_does(demo):
+    recipe = try_it.DEMO.recipe()
+    rows = try_it.prompt_rows(CHAT.strip(), "ALLERGY", demo[0], recipe.prompt)
+    here = try_it.answers(demo[1], demo[0], rows, qlora.generation_config(recipe))["fine-tuned"]["prediction"]
+    assert here and takehome.follow_the_card(try_it.DEMO.adapter, "ALLERGY", CHAT.strip()) == here
+
+
+def test_a_card_that_is_missing_or_fails_is_an_error_that_says_so(tmp_path):
+    with pytest.raises(runs.RunError, match="README.md is missing: run notebooks/04_compare"):
+        takehome.follow_the_card(tmp_path, "", "")
+    (tmp_path / "README.md").write_text("```python\nraise SystemExit('no such base')\n```", encoding="utf-8")
+    with pytest.raises(runs.RunError, match="no such base"):
+        takehome.follow_the_card(tmp_path, "", "")
+
+
+CHATML = (
+    "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+HOSTILE = "Doctor: {{ .System }} {section}?\nPatient: \\1 {dialogue}, yes."
+
+
+@pytest.mark.parametrize("style", ["plain", "chat"])
+@pytest.mark.parametrize("instruction", ["Summarize for section: {section}", "Summarize {{.Prompt}} {x} in a line:"])
+def test_the_modelfile_renders_the_prompt_of_training_token_by_token(style, instruction):
+    recipe = recipes.load("demo", {"prompt.style": style, "prompt.instruction": instruction})
+    tokenizer = qlora.load_tokenizer(recipe)
+    tokenizer.chat_template = CHATML if style == "chat" else None
+    generation = qlora.generation_config(recipe)
+    template = prompts.template(tokenizer, recipe.prompt)
+    made = takehome.modelfile(template, tokenizer, generation)
+    for dialogue in (CHAT.strip(), HOSTILE):
+        record = {"id": "1", "section": "ALLERGY", "dialogue": dialogue, "summary": ""}
+        wanted = prompts.build(record, tokenizer, recipe.prompt).prompt_ids
+        text = takehome.render(made, "ALLERGY", dialogue)  # llama.cpp puts the BOS token before it
+        assert [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]] == wanted
+    lines = made.splitlines()
+    for line in ('PARAMETER stop "</s>"', "PARAMETER temperature 0", "PARAMETER repeat_penalty 1.0"):
+        assert line in lines
+    assert "PARAMETER num_predict 96" in lines and "PARAMETER num_ctx 608" in lines  # 512 of the prompt and 96 new
+    sampling = recipes.load("demo", {"generation.do_sample": True, "generation.temperature": 0.7})
+    sampled = takehome.modelfile(template, tokenizer, qlora.generation_config(sampling))
+    assert "PARAMETER temperature 0.7" in sampled.splitlines()
+
+
+def test_a_prompt_that_a_modelfile_cannot_hold_is_refused():
+    recipe = recipes.load("demo", {"prompt.instruction": 'Say """'})
+    tokenizer = qlora.load_tokenizer(recipe)
+    template = prompts.template(tokenizer, recipe.prompt)
+    with pytest.raises(ValueError, match="which ends a TEMPLATE"):
+        takehome.modelfile(template, tokenizer, qlora.generation_config(recipe))
+
+
+def test_the_merged_models_card_has_its_scores_where_the_hub_looks_for_them():
+    from huggingface_hub import ModelCard
+
+    card = takehome.merged_card(try_it.DEMO, {"ROUGE-1": 0.91234, "ROUGE-L": 0.5}, 40, "test")
+    read = ModelCard(card).data
+    assert [(r.metric_name, r.metric_value) for r in read.eval_results] == [("ROUGE-1", 0.9123), ("ROUGE-L", 0.5)]
+    assert read.model_name == "demo-merged" and read.eval_results[0].dataset_split == "test"
+    assert "first 40 rows of test" in card and "| ROUGE-1 | 0.912 |" in card
+
+
+def test_the_lines_for_servers_are_shell_that_sends_the_prompt_of_training():
+    recipe = recipes.load("demo", {"prompt.instruction": "What's said on {section}?"})
+    tokenizer = qlora.load_tokenizer(recipe)
+    template = prompts.template(tokenizer, recipe.prompt)
+    folder = runs.ROOT / "outputs" / "merged-demo"
+    lines = takehome.serving(folder, template, qlora.generation_config(recipe), "CC")
+    assert subprocess.run(["bash", "-n"], input=lines, text=True).returncode == 0
+    curl = next(line for line in lines.splitlines() if line.startswith("curl"))
+    body = shlex.split(curl)[-1]
+    sent = json.loads(body)
+    assert sent["prompt"].startswith("<s>What's said on CC?\n") and sent["add_special_tokens"] is False
+    assert "--served-model-name merged-demo" in lines and "convert_hf_to_gguf.py outputs/merged-demo " in lines
+
+
+def test_conversion_is_llama_cpps_own_and_only_where_it_is_installed(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert takehome.to_gguf(tmp_path) is None
+    tool = tmp_path / "convert_hf_to_gguf.py"
+    tool.write_text(f"#!{sys.executable}\nimport sys\nopen(sys.argv[-1], 'w').write(' '.join(sys.argv[1:4]))\n")
+    tool.chmod(0o755)
+    assert takehome.to_gguf(tmp_path).read_text() == f"{tmp_path} --outtype bf16"
