@@ -16,8 +16,9 @@ run: .venv/installed  ## any recipe headless: make run EXPERIMENT=samsum OVERRID
 try: .venv/installed  ## base and fine-tuned summary of your own dialogue: make try FILE=chat.txt [SECTION=ALLERGY] [RUN=demo]
 	@$(BIN)/python -m src.try_it "$$FILE" "$$SECTION" "$$RUN"
 
-lab: .venv/installed  ## open the notebooks in JupyterLab
-	$(BIN)/jupyter lab notebooks
+lab: .venv/installed  ## open copies of the notebooks in JupyterLab (lab/, which git ignores)
+	$(BIN)/python -m src.lab
+	$(BIN)/jupyter lab lab
 
 test: .venv/installed  ## all tests
 	$(BIN)/python -m pytest

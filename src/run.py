@@ -11,17 +11,24 @@ from src import recipes, runs
 def run(name: str, overrides: dict | None = None) -> tuple[runs.Run, runs.Evaluation]:
     """Run the chain for a recipe with overrides; the executed copies end up in outputs/<run>/notebooks."""
     recipes.load(name, overrides)  # a mistake is found here, before anything starts
+    from src import terminal
+
     executed = runs.ROOT / "outputs" / ".notebooks"
     shutil.rmtree(executed, ignore_errors=True)
     executed.mkdir(parents=True)
     parameters = {"RECIPE": name, "OVERRIDES": overrides or {}}
-    _execute("01_prepare_data", executed, parameters)
-    _execute("02_train_qlora", executed, parameters)
-    trained = runs.find(name)
-    print(f"== run {trained.name}", flush=True)
-    _execute("03_evaluate", executed, parameters | {"RUN": trained.name})
-    evaluation = runs.find_evaluation(trained)
-    _execute("04_compare", executed, parameters | {"RUN": trained.name, "EVALUATION": evaluation.name})
+    training = terminal.Training()
+    try:
+        _execute("01_prepare_data", executed, parameters)
+        with training:
+            _execute("02_train_qlora", executed, parameters)
+        trained = runs.find(name)
+        print(f"== run {trained.name}", flush=True)
+        _execute("03_evaluate", executed, parameters | {"RUN": trained.name})
+        evaluation = runs.find_evaluation(trained)
+        _execute("04_compare", executed, parameters | {"RUN": trained.name, "EVALUATION": evaluation.name})
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(terminal.next_step(training.run())) from None
     shutil.rmtree(trained.folder / "notebooks", ignore_errors=True)
     executed.rename(trained.folder / "notebooks")
     return trained, evaluation
@@ -30,6 +37,8 @@ def run(name: str, overrides: dict | None = None) -> tuple[runs.Run, runs.Evalua
 def _execute(notebook: str, folder, parameters: dict):
     import papermill
 
+    from src import terminal
+
     print(f"== {notebook}", flush=True)
     papermill.execute_notebook(
         runs.ROOT / "notebooks" / f"{notebook}.ipynb",
@@ -37,8 +46,10 @@ def _execute(notebook: str, folder, parameters: dict):
         parameters=parameters,
         cwd=runs.ROOT / "notebooks",
         kernel_name="python3",
-        log_output=False,
-        extra_arguments=["--log-level=ERROR"],  # else it warns of sockets without encryption
+        engine_name="speaking",
+        progress_bar=False,
+        stderr_file=terminal.Warnings(),
+        extra_arguments=["--log-level=CRITICAL"],  # else it warns of sockets, and traces its own end after Ctrl-C
     )
 
 
@@ -46,27 +57,42 @@ def main(arguments: list[str]) -> int:
     if not 1 <= len(arguments) <= 2:
         print("usage: python -m src.run RECIPE ['{\"lora.r\": 8}']")
         return 2
-    from papermill.exceptions import PapermillExecutionError
-
     try:
         overrides = json.loads(arguments[1]) if len(arguments) == 2 else {}
-        trained, evaluation = run(arguments[0], overrides)
+        recipes.load(arguments[0], overrides)  # a mistake is told before papermill is imported, which takes seconds
     except json.JSONDecodeError as error:
         print(
             f"OVERRIDES is not JSON ({error}): found {arguments[1]!r}, expected something like '{{\"lora.r\": 8}}'.",
             file=sys.stderr,
         )
         return 1
-    except (recipes.RecipeError, runs.RunError) as error:
+    except recipes.RecipeError as error:
         print(error, file=sys.stderr)
         return 1
-    except PapermillExecutionError as error:
-        print(f"{error.ename} in cell {error.exec_count}: {error.evalue}", file=sys.stderr)
+    try:
+        trained, evaluation = _told(arguments[0], overrides)
+    except KeyboardInterrupt as stop:
+        print(f"\nStopped. The same command goes on {stop or 'from the start'}.", file=sys.stderr)
+        return 130
+    if trained is None:
         return 1
     from src.analysis import tables
 
     tables.print_summary(trained, evaluation)
     return 0
+
+
+def _told(name: str, overrides: dict) -> tuple[runs.Run | None, runs.Evaluation | None]:
+    """`run`, with the errors that a person can mend in one line on stderr, and (None, None) returned."""
+    from papermill.exceptions import PapermillExecutionError
+
+    try:
+        return run(name, overrides)
+    except runs.RunError as error:
+        print(error, file=sys.stderr)
+    except PapermillExecutionError as error:
+        print(f"{error.ename} in cell {error.exec_count}: {error.evalue}", file=sys.stderr)
+    return None, None
 
 
 if __name__ == "__main__":

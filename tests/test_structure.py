@@ -19,7 +19,9 @@ MAY_IMPORT = {  # room or file of src: what of src it may import beside itself
     "intervals": {"metrics"},
     "scoring": {"recipes", "runs", "intervals"},
     "qlora": {"recipes", "runs", "data", "prompts", "scoring", "engine"},
-    "run": {"recipes", "runs", "analysis"},  # analysis for its last words, see below
+    "run": {"recipes", "runs", "terminal", "analysis"},  # analysis for its last words, see below
+    "terminal": {"runs"},
+    "lab": {"runs"},
     "try_it": {"recipes", "runs", "data", "prompts", "qlora", "engine", "analysis"},  # marks in a terminal
     "takehome": {"runs"},
     "metrics": set(),
@@ -28,7 +30,7 @@ MAY_IMPORT = {  # room or file of src: what of src it may import beside itself
     "published": {"recipes", "runs", "data", "prompts", "scoring", "qlora", "engine"},
     "__init__": set(),
 }
-WITHOUT_TORCH = ("recipes", "runs", "data", "scoring", "analysis", "run")
+WITHOUT_TORCH = ("recipes", "runs", "data", "scoring", "analysis", "run", "terminal", "lab")
 HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
 
