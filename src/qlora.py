@@ -166,7 +166,7 @@ def load_finetuned(run, recipe, tokenizer):
 
     Raises RunError, before weights are loaded, when the adapter's files, the data or the base model are not the run's.
     """
-    adapter, values, manifest = run.check_adapter(), run.config["identity"], run.manifest
+    adapter, values, manifest = run.check().adapter, run.config["identity"], run.manifest
     train, processed = data.train_rows(recipe), data.fingerprint(recipe)
     load_config(recipe)  # from here on it is in the cache, by which a hub model's commit is known
     first = prompts.build_all(train[:1], tokenizer, recipe.prompt, train)[0]

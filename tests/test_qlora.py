@@ -328,7 +328,14 @@ def executed(recipe):
     """Namespace after the cells of 02 and 03 that turn a recipe into objects; calls of engine and runs are recorded."""
     no_hub = types.SimpleNamespace(**{**vars(qlora), "load_config": lambda recipe: None})
     rows = {"train": ["row"], "validation": types.SimpleNamespace(take=lambda n: f"{n} rows")}
-    space = {"recipe": recipe, "qlora": no_hub, "torch": torch, "device": CPU, "transformers": transformers}
+    space = {
+        "recipe": recipe,
+        "qlora": no_hub,
+        "torch": torch,
+        "device": CPU,
+        "transformers": transformers,
+        "REDO": False,
+    }
     space |= {"training": recipe.training, "scoring": scoring}
     space |= {
         "engine": Recorder(),
@@ -457,7 +464,9 @@ def test_how_03_decodes_follows_the_engine_section(wanted, fits, done):
     recipe = recipes.load("demo", {"engine.dequantize": wanted, "engine.batch_size": 13, "seed": 5})
     space = {"qlora": loader, "engine": fake, "recipe": recipe, "run": None, "tokenizer": None, "rows": None}
     space |= {"generation": None, "records": {"evaluation": []}}
-    space["evaluation"] = types.SimpleNamespace(save_predictions=lambda *args: None)
+    space["evaluation"] = types.SimpleNamespace(
+        answered=False, keep=lambda system: system, save_predictions=lambda *args: None
+    )
     exec(cell("03_evaluate", "engine.dequantize(model)"), space)
     exec(cell("03_evaluate", "disable_adapter"), space)
     assert calls == ([model] if done else [])

@@ -137,6 +137,20 @@ def prepare(recipe, progress: bool = True) -> dict:
     if one_file:
         rows = split_by_seed(rows["train"], recipe.data.split_seed, files["train"])
     leaks, folder = audit(rows), processed_dir(recipe)
+    with runs.held(folder, "being prepared"):
+        return _write(recipe, folder, files, rows, dropped, leaks)
+
+
+def _write(recipe, folder: Path, files, rows, dropped, leaks) -> dict:
+    """Write the rows of every split, the leaks and the report; damaged files that lie there are set aside before."""
+    try:
+        _check(folder)
+    except FileNotFoundError:
+        pass  # the first time
+    except DataError as damage:
+        print(f"{damage}They are made anew now.")
+    (folder / "report.json").unlink(missing_ok=True)  # without it, what a kill leaves here counts as not prepared
+    dataset, one_file = recipe.data.dataset, list(files) == ["train"]
     written = {split: runs.write_jsonl(folder / f"{split}.jsonl", part) for split, part in rows.items()}
     summary = {
         "dataset": dataset,
@@ -147,9 +161,30 @@ def prepare(recipe, progress: bool = True) -> dict:
         "leaks": {name: {pair: len(ids) for pair, ids in part.items()} for name, part in leaks.items()},
         "processed": {split: runs.sha256_file(path) for split, path in written.items()},
     }
-    runs.write_json(folder / "leaks.json", leaks)
-    runs.write_json(folder / "report.json", summary)
+    summary["processed"]["leaks"] = runs.sha256_file(runs.write_json(folder / "leaks.json", leaks))
+    runs.write_sealed(folder / "report.json", summary)
     return summary
+
+
+def _check(folder: Path, again: str = "") -> dict:
+    """01's report of a folder; files that are not as 01 wrote them are set aside under another name: DataError."""
+    try:
+        found = runs.read_sealed(folder / "report.json", "01_prepare_data")
+    except runs.Damage as error:
+        aside = runs.relative(runs.set_aside(folder / "report.json"))
+        raise DataError(f"{error} It was set aside as {aside}. {again}") from None
+    damage = ""
+    for name, sha256 in found["processed"].items():
+        path = folder / (f"{name}.json" if name == "leaks" else f"{name}.jsonl")
+        if not path.is_file() or runs.sha256_file(path) != sha256:
+            damage += (
+                f"{runs.relative(path)} is not the file that 01 wrote: found another sha256 or no file, expected "
+                f"{sha256}. "
+                + (f"It was set aside as {runs.relative(runs.set_aside(path))}. " if path.exists() else "")
+            )
+    if damage:
+        raise DataError(damage + again)
+    return found
 
 
 def _origin(path: Path) -> dict[str, str]:
@@ -163,8 +198,8 @@ def _origin(path: Path) -> dict[str, str]:
 def report(recipe) -> dict:
     """Read 01's report.json and check it: another own file or split_seed, or rows edited since, is a DataError."""
     folder = processed_dir(recipe)
-    found = runs.read_json(folder / "report.json", "01_prepare_data")
     again = f"Run notebooks/01_prepare_data.ipynb again with the same RECIPE and OVERRIDES. ({runs.relative(folder)})"
+    found = _check(folder, again)
     if recipe.data.dataset == "custom":
         sources = {split: _origin(path) for split, path in source_files(recipe).items()}
         seed = recipe.data.split_seed if len(sources) == 1 else None
@@ -172,13 +207,6 @@ def report(recipe) -> dict:
             raise DataError(
                 f"The prepared rows come from {found['sources']}, seed {found['split_seed']}; expected {sources}, "
                 f"seed {seed}. {again}"
-            )
-    for split, sha256 in found["processed"].items():
-        path = folder / f"{split}.jsonl"
-        if not path.is_file() or runs.sha256_file(path) != sha256:
-            raise DataError(
-                f"{runs.relative(path)} is not the file that 01 wrote: found another sha256 or no file, expected "
-                f"{sha256}. {again}"
             )
     return found
 

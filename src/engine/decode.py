@@ -23,10 +23,11 @@ FREE = {*SAMPLING, "max_new_tokens", "min_new_tokens", "eos_token_id", "pad_toke
 
 
 @torch.inference_mode()
-def generate(model, tokenizer, rows, generation, seed=0, batch_size=None, label="", progress=True) -> list[dict]:
+def generate(model, tokenizer, rows, generation, seed=0, batch_size=None, label="", progress=True, keep=None):
     """Answer every prompt of `rows`, as many at a time as memory holds, longest first.
 
-    rows: a dataset with id, prompt_ids and cut_tokens. generation: a GenerationConfig. seed: of sampling.
+    rows: a dataset with id, prompt_ids and cut_tokens. generation: a GenerationConfig. seed: of sampling. keep: where
+    answers are kept (keep.found, {row number: answer}; keep.add(such) after every batch); these rows are not generated.
 
     Returns, in the order of `rows`: {"id", "prediction", "tokens", "stop", "prompt_tokens", "cut_tokens"}. `tokens`
     counts new tokens with EOS, `stop` is "eos" or "length" (max_new_tokens reached). Prompt ids are dropped before
@@ -36,9 +37,16 @@ def generate(model, tokenizer, rows, generation, seed=0, batch_size=None, label=
     model.eval()
     config = complete(generation, tokenizer, model)
     decode = _decode_flat if unpadded(model, config) else _decode_padded
-    lengths, found = [len(row["prompt_ids"]) for row in rows], {}
-    waiting = sorted(range(len(rows)), key=lambda i: -lengths[i])
-    bar = tqdm(total=len(rows), desc=f"generate {label}".strip(), unit="row", disable=not progress, file=sys.stdout)
+    lengths, found = [len(row["prompt_ids"]) for row in rows], dict(keep.found) if keep else {}
+    waiting = [i for i in sorted(range(len(rows)), key=lambda i: -lengths[i]) if i not in found]
+    bar = tqdm(
+        total=len(rows),
+        initial=len(found),
+        desc=f"generate {label}".strip(),
+        unit="row",
+        disable=not progress,
+        file=sys.stdout,
+    )
     with bar, fused(model, available(model.device) and hasattr(model, "peft_config")):
         while waiting:
             size = batch_size or fitting(model, [lengths[i] for i in waiting], config, decode is _decode_flat)
@@ -49,7 +57,11 @@ def generate(model, tokenizer, rows, generation, seed=0, batch_size=None, label=
             except torch.OutOfMemoryError:
                 new = None
             if new is not None:
-                found.update(zip(chosen, new, strict=True))
+                ends = config.eos_token_id
+                new = {i: answer(rows[i], ids, tokenizer, ends) for i, ids in zip(chosen, new, strict=True)}
+                found.update(new)
+                if keep:
+                    keep.add(new)
                 waiting = waiting[size:]
                 bar.update(len(found) - bar.n)
             elif len(chosen) > 1:  # outside of `except`, which still holds the failed batch's tensors
@@ -62,7 +74,7 @@ def generate(model, tokenizer, rows, generation, seed=0, batch_size=None, label=
                     "engine.dequantize to 'off' or free the GPU; else train with a lower prompt.max_tokens."
                 )
     model.train(was_training)
-    return [answer(row, found[i], tokenizer, config.eos_token_id) for i, row in enumerate(rows)]
+    return [found[i] for i in range(len(rows))]
 
 
 def complete(generation, tokenizer, model):

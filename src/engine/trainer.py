@@ -1,6 +1,7 @@
 """transformers' Trainer over planned forward passes, with a loss on the answers alone."""
 
 import dataclasses
+import math
 import os
 
 import torch
@@ -17,6 +18,10 @@ from src.engine.lora import checkpoint_contexts
 from src.engine.planning import Plan, PlanError, smaller
 
 EVAL_ROWS = 16  # in a forward pass of the validation loss, at most
+
+
+class TrainingError(RuntimeError):
+    """A training that cannot go on. The message says at which step, and what to change."""
 
 
 def summed_loss(model, inputs: dict) -> tuple[torch.Tensor, int]:
@@ -119,6 +124,15 @@ class FastTrainer(Trainer):
         """Log losses only, with tokens (real ones since the start), seconds, tokens_per_second and peak_gib beside."""
         if not {"loss", "eval_loss"} & set(logs):
             return
+        wrong = [name for name in ("loss", "eval_loss", "grad_norm") if not math.isfinite(logs.get(name, 0.0))]
+        wrong = [name for name in wrong if name != "grad_norm" or not self.args.fp16]  # its scaler skips such steps
+        if wrong:
+            raise TrainingError(
+                f"The {wrong[0]} is {logs[wrong[0]]} at step {self.state.global_step}: training has diverged"
+                f"{', or float16 has overflowed' if self.args.fp16 else ''}. The last good checkpoint is "
+                f"{self.progress.checkpoint or 'none: it was the start'}. Lower learning_rate, lengthen warmup_steps, "
+                "or set bnb_4bit_compute_dtype to 'float32'; that is another run."
+            )
         before = next((row for row in reversed(self.state.log_history) if "loss" in row), {})
         row = {**logs, "tokens": self.state.num_input_tokens_seen, "seconds": round(self.seconds, 3)}
         if "loss" in logs and row["seconds"] > before.get("seconds", 0):

@@ -15,18 +15,23 @@ class RunError(RuntimeError):
 
 from src.runs.evaluation import Evaluation, evaluations, find_evaluation, open_evaluation  # noqa: E402
 from src.runs.files import (  # noqa: E402
+    Damage,
     read_json,
     read_jsonl,
+    read_sealed,
     relative,
+    set_aside,
     sha256_file,
     write_atomic,
     write_json,
     write_jsonl,
+    write_sealed,
 )  # fmt: skip
+from src.runs.locks import held  # noqa: E402
 from src.runs.run import Run, find, finished, open  # noqa: E402
 
 __all__ = [
-    "ROOT", "Evaluation", "Run", "RunError", "evaluations", "find", "find_evaluation", "finished", "open",
-    "open_evaluation", "read_json", "read_jsonl", "relative", "sha256_file", "write_atomic", "write_json",
-    "write_jsonl",
+    "ROOT", "Damage", "Evaluation", "Run", "RunError", "evaluations", "find", "find_evaluation", "finished", "held",
+    "open", "open_evaluation", "read_json", "read_jsonl", "read_sealed", "relative", "set_aside", "sha256_file",
+    "write_atomic", "write_json", "write_jsonl", "write_sealed",
 ]  # fmt: skip

@@ -1,15 +1,38 @@
 """A run scored on one split with one way of decoding, in outputs/<run>/evaluations/<split>-<8 hex>."""
 
 import datetime
+import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from src import runs
-from src.runs import identity
-from src.runs.files import read_json, read_jsonl, write_json, write_jsonl
+from src.runs import files, identity, locks
+from src.runs.files import read_jsonl, read_sealed, write_jsonl, write_sealed
+from src.runs.measured import environment, peak_gib
 from src.runs.run import Run
 
 SYSTEMS = ("base", "finetuned")
+ANSWER = ("prediction", "tokens", "stop", "prompt_tokens", "cut_tokens")  # what a kept answer holds, beside its id
+
+
+class Answers:
+    """The answers of one system, written after every batch: `engine.generate`'s `keep`.
+
+    found: {row number: answer}, of this process or of one that was stopped. seconds: in which they were generated.
+    """
+
+    def __init__(self, path: Path, found: dict[int, dict], spent: dict):
+        self.path, self.found, self.started = path, found, time.monotonic()
+        self.spent = {"seconds": 0.0, "peak_gib": None} | spent
+
+    def add(self, answers: dict[int, dict]):
+        """Keep the answers of a batch. Raises runs.RunError when the disk does not take them."""
+        self.found |= answers
+        now = time.monotonic()
+        self.spent["seconds"] = round(self.spent["seconds"] + now - self.started, 3)
+        self.spent["peak_gib"], self.started = peak_gib(self.spent["peak_gib"]), now
+        write_sealed(self.path, {**self.spent, "answers": {str(row): self.found[row] for row in sorted(self.found)}})
 
 
 @dataclass(frozen=True)
@@ -27,51 +50,121 @@ class Evaluation:
         return self.folder / "comparison"
 
     @property
+    def opened(self) -> str:
+        """When 03 opened the evaluation last, as ISO text; "" where that is not known."""
+        path = self.folder / ".opened"
+        return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+    @property
     def config(self) -> dict:
-        return read_json(self.folder / "evaluation.json", "03_evaluate")
+        return read_sealed(self.folder / "evaluation.json", "03_evaluate")
 
     @property
     def metrics(self) -> dict:
-        return read_json(self.folder / "metrics.json", "03_evaluate")
+        return read_sealed(self.folder / "metrics.json", "03_evaluate")
 
     @property
     def predictions(self) -> dict[str, list[dict]]:
         """{"base": rows, "finetuned": rows}, in the order of the split."""
         return {name: read_jsonl(self.folder / "predictions" / f"{name}.jsonl", "03_evaluate") for name in SYSTEMS}
 
-    def save_predictions(self, records, answers: dict[str, list[dict]]) -> dict[str, list[dict]]:
-        """Write the answers of each system (rows of `engine.generate`) beside their records; return them so."""
+    @property
+    def answered(self) -> bool:
+        """Whether every row is answered by both systems, so that no model is needed."""
+        return all(len(self.keep(system).found) == self.config["rows"] for system in SYSTEMS)
+
+    def keep(self, system: str) -> Answers:
+        """The kept answers of a system: of the batches that a stopped process finished, or of a finished evaluation."""
+        path, found, spent = self.folder / f".answers-{system}.json", {}, {}
+        if path.is_file():
+            try:
+                spent = read_sealed(path, "03_evaluate")
+                found = {int(row): answer for row, answer in spent.pop("answers").items()}
+            except files.Damage as error:
+                print(f"{error} It was set aside as {files.relative(files.set_aside(path))}.")
+        elif (self.folder / "metrics.json").is_file():
+            rows, spent = self.predictions[system], self.metrics["answered"][system]
+            found = {n: {"id": row["id"]} | {key: row[key] for key in ANSWER} for n, row in enumerate(rows)}
+        return Answers(path, found, spent)
+
+    def save_predictions(self, records) -> dict[str, list[dict]]:
+        """Write the kept answers of each system beside their records, {system: rows}; return them so."""
         rows = {}
-        for system, found in answers.items():
+        for system in SYSTEMS:
+            found = self.keep(system).found
             rows[system] = [
-                {"id": r["id"], "section": r["section"], "dialogue": r["dialogue"], "reference": r["summary"], **a}
-                for r, a in zip(records, found, strict=True)
+                {"id": r["id"], "section": r["section"], "dialogue": r["dialogue"], "reference": r["summary"]}
+                | {key: found[n][key] for key in ANSWER}
+                for n, r in enumerate(records)
             ]
-            write_jsonl(self.folder / "predictions" / f"{system}.jsonl", rows[system])
+            if not (self.folder / "metrics.json").is_file():
+                write_jsonl(self.folder / "predictions" / f"{system}.jsonl", rows[system])
         return rows
 
     def save_metrics(self, metrics: dict) -> Path:
-        """Write metrics.json, which makes the evaluation a finished one."""
-        return write_json(self.folder / "metrics.json", {"run": self.run.name, "evaluation": self.name, **metrics})
+        """Write metrics.json, which makes the evaluation a finished one, and let other processes have it."""
+        spent = {system: self.keep(system).spent for system in SYSTEMS}
+        names = {"run": self.run.name, "evaluation": self.name}
+        sums = files.checksums(self.folder, "evaluation.json")
+        sums |= {
+            f"predictions/{name}": s for name, s in files.checksums(self.folder / "predictions", "*.jsonl").items()
+        }
+        made = {"inputs": self.config["inputs"], "answered": spent, "sha256": sums}
+        path = write_sealed(self.folder / "metrics.json", names | metrics | made)
+        for system in SYSTEMS:
+            (self.folder / f".answers-{system}.json").unlink(missing_ok=True)
+        locks.release(self.folder)
+        return path
+
+    def check(self) -> "Evaluation":
+        """This finished evaluation, after its files were compared with the checksums of metrics.json.
+
+        Raises Damage, with the whole evaluation set aside under another name, when one is not what was written.
+        """
+        with locks.set_aside_if_damaged(self.folder, "03_evaluate"):
+            files.check(self.folder, self.metrics["sha256"])
+        return self
 
 
-def open_evaluation(run: Run, recipe, rows, generation) -> Evaluation:
+def open_evaluation(run: Run, recipe, rows, generation, redo: bool = False) -> Evaluation:
     """The evaluation of a run on these prompts with this decoding: the same values find the same folder.
 
     recipe: names the split and the seed of sampling. rows: a dataset with prompt_ids. generation: a GenerationConfig.
+    Answers that are there are kept if they came from the same adapter, versions and code, and not with `redo`. The
+    folder is locked until `save_metrics`. Raises runs.RunError when another process has it, or the run is damaged.
     """
     values = identity.of_evaluation(run, recipe.evaluation.split, rows, generation, recipe.seed)
     evaluation = Evaluation(run, identity.name(recipe.evaluation.split, values))
+    folder, inputs = evaluation.folder, identity.answers_depend_on(run.check())
+    try:
+        if (folder / "metrics.json").is_file():
+            evaluation.check()
+    except files.Damage as error:
+        print(f"{error} It is made anew now.")
+    locks.hold(folder, "being written")
+    try:
+        same = not redo and evaluation.config["inputs"] == inputs
+    except (files.Damage, FileNotFoundError, KeyError):
+        same = False
+    if not same:
+        for old in [folder / "metrics.json", *folder.glob(".answers-*.json")]:
+            old.unlink(missing_ok=True)
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
-    config = {"run": run.name, "evaluation": evaluation.name, "created": now, "limit": recipe.evaluation.rows, **values}
-    write_json(evaluation.folder / "evaluation.json", config)
+    files.write_atomic(folder / ".opened", now)  # "latest" is the one opened last
+    if not (folder / "metrics.json").is_file():
+        config = {"run": run.name, "evaluation": evaluation.name, "created": now, "limit": recipe.evaluation.rows}
+        config |= {**values, "inputs": inputs, "environment": environment()}
+        write_sealed(folder / "evaluation.json", config)
     return evaluation
 
 
 def evaluations(run: Run) -> list[Evaluation]:
     """The finished evaluations of a run, the newest last."""
     found = [Evaluation(run, path.parent.name) for path in (run.folder / "evaluations").glob("*/metrics.json")]
-    return sorted(found, key=lambda evaluation: (evaluation.config["created"], evaluation.name))
+    found = [evaluation for evaluation in found if re.search("-[0-9a-f]{8}$", evaluation.name)]
+    for evaluation in found:
+        evaluation.check()
+    return sorted(found, key=lambda evaluation: (evaluation.opened, evaluation.name))
 
 
 def find_evaluation(run: Run, name: str = "latest") -> Evaluation:

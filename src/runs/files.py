@@ -1,22 +1,38 @@
-"""Files that are written whole or not at all, and errors that say which notebook writes a missing one."""
+"""Files that are written whole or not at all, sealed against damage, and errors that say what to do about a file."""
 
+import errno
 import json
 import os
-from hashlib import file_digest
+import re
+import shutil
+from contextlib import contextmanager
+from hashlib import file_digest, sha256
 from pathlib import Path
 
 from src import runs
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+UNWRITABLE = dict.fromkeys(FULL, "the disk, or this user's share of it, is full") | {
+    errno.EROFS: "the file system can only be read",
+    errno.EACCES: "this process has no permission to write there",
+    errno.EPERM: "this process has no permission to write there",
+}
+
 
 def write_atomic(path: Path, text: str) -> Path:
     """Write UTF-8 text under a temporary name and rename it, so that a reader never meets half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("w", encoding="utf-8", newline="\n") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())  # the name must not reach the disk before the text
+            temporary.replace(path)
+        finally:
+            if temporary.exists():
+                temporary.unlink()
     return path
 
 
@@ -35,13 +51,13 @@ def read_json(path: Path, made_by: str):
 
 def read_jsonl(path: Path, made_by: str) -> list[dict]:
     """The rows of a JSONL file that an earlier notebook wrote. A missing file is an error that names that notebook."""
-    return [json.loads(line) for line in _read(path, made_by).split("\n") if line]
+    return [json.loads(line) for line in _read(path, made_by).decode().split("\n") if line]
 
 
-def _read(path: Path, made_by: str) -> str:
+def _read(path: Path, made_by: str) -> bytes:
     if not path.is_file():
         raise FileNotFoundError(f"{relative(path)} is missing: run notebooks/{made_by}.ipynb first.")
-    return path.read_text(encoding="utf-8")
+    return path.read_bytes()
 
 
 def relative(path: Path) -> str:
@@ -53,3 +69,92 @@ def relative(path: Path) -> str:
 def sha256_file(path: Path) -> str:
     with path.open("rb") as file:
         return file_digest(file, "sha256").hexdigest()
+
+
+# --- damage -----------------------------------------------------------------------------------------------------------
+
+
+class Damage(runs.RunError):
+    """A file that is not the one that was written."""
+
+
+def _seal(value: dict) -> str:
+    return sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def write_sealed(path: Path, value: dict) -> Path:
+    """Write a JSON object whose last field, "seal", is the sha256 of the others."""
+    return write_json(path, value | {"seal": _seal(value)})
+
+
+def read_sealed(path: Path, made_by: str) -> dict:
+    """Read what `write_sealed` wrote. Raises Damage where that was cut, edited, or written by an older version."""
+    text = _read(path, made_by)
+    try:
+        value = json.loads(text)
+        seal = value.pop("seal")
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise Damage(f"{relative(path)} is not the file that was written: found no whole JSON with its seal.") from None
+    if _seal(value) != seal:
+        raise Damage(
+            f"{relative(path)} is not the file that was written: found content of sha256 {_seal(value)}, "
+            f"expected its seal {seal}."
+        )
+    return value
+
+
+def checksums(folder: Path, pattern: str = "*") -> dict[str, str]:
+    """{name: sha256} of the files of a folder that match."""
+    return {path.name: sha256_file(path) for path in sorted(folder.glob(pattern)) if path.is_file()}
+
+
+def check(folder: Path, expected: dict[str, str]):
+    """Raise Damage unless these files of a folder have these sha256."""
+    for name, sha in expected.items():
+        path = folder / name
+        found = sha256_file(path) if path.is_file() else "no file"
+        if found != sha:
+            raise Damage(f"{relative(path)} is not the file that was written: found {found}, expected sha256 {sha}.")
+
+
+def set_aside(path: Path, beside: Path | None = None) -> Path:
+    """Rename a damaged file or folder to the first free <name>.damaged-<n>, beside itself or in another folder."""
+    place, n = beside or path.parent, 1
+    while (place / f"{path.name}.damaged-{n}").exists():
+        n += 1
+    return path.rename(place / f"{path.name}.damaged-{n}")
+
+
+# --- disks and kills --------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def writing(path: Path):
+    """Explain in one paragraph, as a RunError, why a path cannot be written: a full disk, no permission."""
+    try:
+        yield
+    except Exception as error:
+        why = unwritable(error)
+        if why is None or isinstance(error, runs.RunError):
+            raise
+        there = next(p for p in (path, *path.parents) if p.is_dir())
+        room = f"{shutil.disk_usage(there).free / 2**20:,.0f} MiB are free"
+        raise runs.RunError(
+            f"{relative(path)} cannot be written: {why} ({room}). What was written before is whole. Make room, or mend "
+            "the permission, and run the same again: it goes on from there."
+        ) from error
+
+
+def unwritable(error: Exception) -> str | None:
+    """Why a file could not be written, for an error of Python, torch or safetensors; None for any other error."""
+    number = getattr(error, "errno", None)
+    if number is None:
+        found = re.search(r"(?:os error|code:) (\d+)", str(error))
+        number = int(found[1]) if found else errno.ENOSPC if "inline_container" in str(error) else None
+    return UNWRITABLE.get(number)
+
+
+def remove_leftovers(folder: Path):
+    """Delete the temporary files that killed processes left in a folder that this process holds."""
+    for path in folder.rglob(".*.tmp"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

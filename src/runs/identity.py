@@ -70,6 +70,23 @@ def of_evaluation(run, split: str, rows, generation, seed: int) -> dict:
     )
 
 
+def answers_depend_on(run) -> dict:
+    """What the answers of an evaluation depend on beside its name: the adapter's weights, versions and the engine."""
+    from src.runs import measured
+
+    weights = run.manifest["sha256"]["adapter/adapter_model.safetensors"]
+    versions = measured.versions(("torch", "transformers", "peft", "bitsandbytes"))
+    return {"adapter": weights, "versions": versions, "code": code("engine/*.py", "qlora.py")}
+
+
+def code(*patterns: str) -> str:
+    """sha256 of the files of src that match, with their names."""
+    found, src = hashlib.sha256(), Path(__file__).resolve().parents[1]
+    for path in sorted(path for pattern in patterns for path in src.glob(pattern)):
+        found.update(f"{path.relative_to(src).as_posix()} {files.sha256_file(path)}\n".encode())
+    return found.hexdigest()
+
+
 def as_trained(recipe, trainer):
     """The recipe with the values of the objects that train, which a cell may have changed.
 

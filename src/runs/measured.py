@@ -4,10 +4,11 @@ import datetime
 import importlib.metadata
 import platform
 import subprocess
+import sys
 from dataclasses import asdict
 
 from src import runs
-from src.runs import identity
+from src.runs import files, identity
 
 PACKAGES = "torch transformers peft bitsandbytes accelerate datasets evaluate rouge-score sacrebleu".split()
 
@@ -37,24 +38,49 @@ def measured(trainer) -> dict:
     }
 
 
-def environment(device) -> dict:
-    """What a run ran on: library versions, machine, and the commit with "-dirty" where files were changed."""
+def environment(device=None) -> dict:
+    """What a step ran on: library versions, device, the commit with "-dirty" where files were changed, and these files.
+
+    `device`: a torch device; where it is left out, the GPU if there is one. "code": the sha256 of src.
+    """
     import torch
 
-    try:
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-        git = subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True).stdout.strip() or None
-    except OSError:  # no git on this machine
-        git = None
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:  # training needs no scorer
-            versions[package] = None
-    threads = f"CPU, {torch.get_num_threads()} threads"
+    git, modified = _git("describe", "--always", "--dirty", "--abbrev=40"), {}
+    for line in (_git("status", "--porcelain", "--untracked-files=all", "--", "src", "notebooks") or "").splitlines():
+        path = line[2:].strip().rpartition(" -> ")[2].strip('"')
+        modified[path] = files.sha256_file(runs.ROOT / path) if (runs.ROOT / path).is_file() else "deleted"
+    on_gpu = torch.cuda.is_available() if device is None else device.type == "cuda"
     return {
-        "versions": versions,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else threads,
+        "versions": versions(PACKAGES) | {"python": platform.python_version()},
+        "device": torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads",
         "git": git,
+        "modified": modified,
+        "code": identity.code("*.py", "*/*.py", "recipes/*.toml"),
     }
+
+
+def versions(packages) -> dict[str, str | None]:
+    """The installed version of each package; None for one that is not installed."""
+    found = dict.fromkeys(packages)
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # training needs no scorer
+            pass
+    return found
+
+
+def peak_gib(before: float | None = None) -> float | None:
+    """The most memory (GiB) that this process had on a GPU, or `before` if that is more; None without a GPU."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return before
+    return max(before or 0.0, round(torch.cuda.max_memory_allocated() / 2**30, 3))
+
+
+def _git(*command) -> str | None:
+    try:
+        done = subprocess.run(["git", *command], cwd=runs.ROOT, capture_output=True, text=True)
+        return done.stdout.rstrip() or None
+    except OSError:  # no git on this machine
+        return None

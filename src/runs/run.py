@@ -1,19 +1,16 @@
 """A trained run in outputs/<recipe>-<8 hex>: opened, locked, continued, saved, checked and found again."""
 
 import datetime
-import json
 import os
+import re
 import shutil
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 
 from src import recipes, runs
-from src.runs import identity
-from src.runs.files import read_json, read_jsonl, relative, sha256_file, write_atomic, write_json, write_jsonl
+from src.runs import checkpoints, files, identity, locks
+from src.runs.files import read_jsonl, read_sealed, write_atomic, write_json, write_jsonl, write_sealed
 from src.runs.measured import measured
-
-HELD = {}  # {folder of a run: its lock}; a lock that nothing refers to is let go
 
 
 @dataclass(frozen=True)
@@ -46,11 +43,11 @@ class Run:
 
     @property
     def config(self) -> dict:
-        return read_json(self.folder / "config.json", "02_train_qlora")
+        return read_sealed(self.folder / "config.json", "02_train_qlora")
 
     @property
     def manifest(self) -> dict:
-        return read_json(self.folder / "manifest.json", "02_train_qlora")
+        return read_sealed(self.folder / "manifest.json", "02_train_qlora")
 
     @property
     def log(self) -> list[dict]:
@@ -80,28 +77,20 @@ class Run:
         return recipe.model_copy(update={"revision": self.base_commit or recipe.revision})
 
     def checkpoint(self) -> str | None:
-        """The newest checkpoint that was written whole, or None. Later ones, which a kill cut short, are deleted."""
-        found = sorted(self.checkpoints.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2]))
-        for folder in found:
-            try:  # the Trainer writes this file last
-                json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-            except (OSError, ValueError):
-                shutil.rmtree(folder)
-            else:
-                return str(folder)
-        return None
+        """The newest checkpoint that training can go on from, relative to the current folder; None if there is none."""
+        found = checkpoints.newest(self.checkpoints, self.folder)
+        return os.path.relpath(found) if found else None
 
-    def check_adapter(self) -> Path:
-        """The adapter's folder, after its files were compared with the checksums of the manifest."""
-        for file, expected in self.manifest["sha256"].items():
-            path = self.adapter / file
-            found = sha256_file(path) if path.is_file() else "no file"
-            if found != expected:
-                raise runs.RunError(
-                    f"{relative(path)} is not the file that was trained: found {found}, expected sha256 {expected}. "
-                    f"Put the file back, or delete {relative(self.folder)} and run 02 again."
-                )
-        return self.adapter
+    def check(self) -> "Run":
+        """This run, after its files were compared with the checksums of the manifest.
+
+        Raises Damage, with the whole run set aside under another name, when one is not the file that was written.
+        """
+        if not self.finished:
+            self.manifest  # noqa: B018  raises: run 02 first
+        with locks.set_aside_if_damaged(self.folder, "02_train_qlora"):
+            files.check(self.folder, self.manifest["sha256"])
+        return self
 
     def check_trainer(self, trainer):
         """Raise RunError unless the objects of this trainer are the ones that the run is named after."""
@@ -118,7 +107,7 @@ class Run:
         from safetensors.torch import load_file
 
         self.check_trainer(trainer)
-        set_peft_model_state_dict(trainer.model, load_file(self.check_adapter() / "adapter_model.safetensors"))
+        set_peft_model_state_dict(trainer.model, load_file(self.check().adapter / "adapter_model.safetensors"))
 
     def save(self, trainer, tokenizer, data: dict | None = None) -> dict:
         """Write the trained adapter, its tokenizer and prompt template, the log and, last, manifest.json; return it.
@@ -127,9 +116,6 @@ class Run:
         """
         self.check_trainer(trainer)
         model = trainer.model
-        settings = model.peft_config["default"]  # where others find the base: an id, or a folder of this repository
-        settings.base_model_name_or_path = identity.base_name(model)
-        settings.revision = self.base_commit
         temporary = self.folder / ".adapter.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         model.save_pretrained(temporary)
@@ -139,49 +125,29 @@ class Run:
         shutil.rmtree(self.adapter, ignore_errors=True)
         temporary.rename(self.adapter)
         write_jsonl(self.folder / "train_log.jsonl", trainer.state.log_history)
-        sums = {f.name: sha256_file(f) for f in sorted(self.adapter.iterdir()) if f.suffix != ".md"}
+        sums = {f"adapter/{name}": sha for name, sha in files.checksums(self.adapter).items()}
         manifest = {"run": self.name, "base_commit": self.base_commit, **measured(trainer)}
-        manifest |= {"data": data or {}, "sha256": sums}
-        write_json(self.folder / "manifest.json", manifest)
+        manifest |= {"data": data or {}, "sha256": sums | files.checksums(self.folder, "[ct]*.json*")}
+        write_sealed(self.folder / "manifest.json", manifest)
         if not self.recipe().training.keep_checkpoints:
             shutil.rmtree(self.checkpoints, ignore_errors=True)
         self.unlock()
         return manifest
 
-    def _lock(self):
-        from filelock import FileLock
-
-        return HELD.setdefault(self.folder, FileLock(self.folder / ".lock", timeout=0, thread_local=False))
+    def lock(self):
+        """Take the run's folder for this process. Raises runs.RunError when another process has it."""
+        locks.hold(self.folder, "being trained")
 
     def unlock(self):
         """Let other processes open the run."""
-        (self.folder / ".lock.json").unlink(missing_ok=True)
-        self._lock().release(force=True)
-
-    def lock(self):
-        """Take the run's folder for this process. Raises runs.RunError when another process has it."""
-        from filelock import Timeout
-
-        holder = self.folder / ".lock.json"
-        try:
-            if not self._lock().is_locked:
-                self._lock().acquire()
-        except Timeout:
-            who = json.loads(holder.read_text(encoding="utf-8")) if holder.is_file() else {}
-            raise runs.RunError(
-                f"{relative(self.folder)} is being trained by process {who.get('process', '?')} on "
-                f"{who.get('host', '?')} since {who.get('since', '?')}: wait for it, or stop it. Then run this cell "
-                "again."
-            ) from None
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        write_json(holder, {"process": os.getpid(), "host": socket.gethostname(), "since": now})
+        locks.release(self.folder)
 
 
 def open(recipe, trainer, prompt_template: dict) -> Run:
     """The run that these objects are, in its own folder: the same values find the same run, others start a new one.
 
     `trainer`: a transformers Trainer over a PeftModel; its checkpoints go to the run's folder from here on. The folder
-    is locked until `save`. Raises runs.RunError when another process trains this run, or a finished run lost a file.
+    is locked until `save`. Raises runs.RunError when another process trains this run. A damaged run is set aside.
     """
     kind = str(trainer.model.peft_config["default"].init_lora_weights).lower()
     if kind.startswith(("pissa", "olora", "corda", "loftq")):
@@ -192,16 +158,20 @@ def open(recipe, trainer, prompt_template: dict) -> Run:
     base = identity.base(identity.base_name(trainer.model), recipe.revision)
     values = {"base": base, **identity.of_run(trainer, recipe)}
     run = Run(identity.name(recipe.name, values))
-    run.folder.mkdir(parents=True, exist_ok=True)
-    trainer.args.output_dir = str(run.checkpoints)
-    if not run.finished:
+    trainer.args.output_dir = os.path.relpath(run.checkpoints)  # so that no file names a folder of this machine
+    settings = trainer.model.peft_config["default"]  # where others find the base: an id, or a folder of this repository
+    settings.base_model_name_or_path = identity.base_name(trainer.model)
+    settings.revision = base if isinstance(base, str) else None
+    try:
+        found = run.finished and run.check()
+    except files.Damage as error:
+        print(f"{error} It is made anew now.")
+        found = None
+    if not found:
         run.lock()
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
     write_atomic(run.folder / ".opened", now)  # "latest" is the one opened last
-    if run.finished:
-        run.check_adapter()
-        if not (run.folder / "train_log.jsonl").is_file():
-            raise runs.RunError(f"{relative(run.folder)} has lost train_log.jsonl: delete the folder and run 02 again.")
+    if found:
         run.unlock()
         return run
     config = {
@@ -210,14 +180,17 @@ def open(recipe, trainer, prompt_template: dict) -> Run:
         "identity": values,
         "prompt_template": prompt_template,
     }
-    write_json(run.folder / "config.json", config)
+    write_sealed(run.folder / "config.json", config)
     return run
 
 
 def finished(recipe_name: str | None = None) -> list[Run]:
     """The finished runs under outputs/, of one recipe or of all, the newest last."""
     found = [Run(path.parent.name) for path in (runs.ROOT / "outputs").glob("*/manifest.json")]
-    found = [run for run in found if (run.folder / "config.json").is_file() and "recipe" in run.config]
+    found = [run for run in found if re.search("-[0-9a-f]{8}$", run.name)]  # neither others' folders nor damaged ones
+    for run in found:
+        with locks.set_aside_if_damaged(run.folder, "02_train_qlora"):
+            run.config, run.manifest  # noqa: B018  their seals
     chosen = [run for run in found if recipe_name in (None, run.config["recipe"]["name"])]
     return sorted(chosen, key=lambda run: (run.opened, run.name))
 
