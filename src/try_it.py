@@ -96,7 +96,7 @@ def load(run: runs.Run):
 
     qlora.quiet()
     recipe = run.recipe()
-    adapter = run.check_adapter() if run.finished else run.adapter  # git keeps the demo's
+    adapter = run.check().adapter if run.finished else run.adapter  # git keeps the demo's
     tokenizer = qlora.load_tokenizer(recipe)
     base = qlora.load_base(recipe, tokenizer, qlora.resolve_device(recipe.device))
     found, expected = identity.base(recipe.base_model, recipe.revision), run.config["identity"]["base"]

@@ -58,8 +58,8 @@ def test_the_committed_adapter_is_a_run_that_03_does_not_mistake_for_one():
 def finish(root, name, recipe, finished):
     folder = root / "outputs" / name
     config = {"run": name, "recipe": recipes.load("demo").model_dump() | {"name": recipe}}
-    runs.write_json(folder / "config.json", config)
-    runs.write_json(folder / "manifest.json", {"finished": finished})
+    runs.write_sealed(folder / "config.json", config)
+    runs.write_sealed(folder / "manifest.json", {"finished": finished})
 
 
 def test_the_newest_finished_run_of_a_recipe_comes_before_the_committed_demo(tmp_path, monkeypatch):
