@@ -125,11 +125,11 @@ def _joined(found: list[tuple[str, str]]) -> list[tuple[str, str]]:
     return joined
 
 
-def marked_html(text: str, dialogue: str, reference: str = "") -> Markup:
-    """The text as escaped HTML, each marked piece in `<span class="m-KIND">`."""
+def marked_html(text: str, dialogue: str, reference: str = "", kinds=tuple(NAMES)) -> Markup:
+    """The text as escaped HTML, each piece of one of the kinds in `<span class="m-KIND">`."""
     html = Markup("")
     for piece, kind in pieces(text, dialogue, reference):
-        html += Markup('<span class="m-{}">{}</span>').format(kind, visible(piece)) if kind else visible(piece)
+        html += Markup('<span class="m-{}">{}</span>').format(kind, visible(piece)) if kind in kinds else visible(piece)
     return html
 
 

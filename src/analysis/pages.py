@@ -5,16 +5,16 @@ The templates are the *.j2 files beside this module. Every text from a dataset o
 
 import os
 import random
-import re
+from base64 import b64encode
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from src import data, recipes, runs
-from src.analysis import tables
-from src.analysis.faithfulness import facts, unsupported
+from src.analysis import marks, tables
 
 TEMPLATES = Environment(
     autoescape=lambda name: name.endswith(".html.j2"),  # all but the model card, which is no HTML
@@ -28,6 +28,17 @@ GROUPS = {  # of choose_rows, as the page calls them
     "gained": "Most gained against base (ROUGE-L)",
     "lost": "Most lost against base (ROUGE-L)",
 }
+FLAGS = {  # data-flags of a row: what the page's filter calls them
+    "finetuned-lacks": "fine-tuned: a number or drug that the dialogue lacks",
+    "finetuned-new": "fine-tuned: a word that dialogue and reference lack",
+    "finetuned-empty": "fine-tuned: empty",
+    "finetuned-cut": "fine-tuned: cut at the cap",
+    "base-lacks": "base: a number or drug that the dialogue lacks",
+    "base-new": "base: a word that dialogue and reference lack",
+    "base-empty": "base: empty",
+    "base-cut": "base: cut at the cap",
+}
+STYLES = ("style.css", "page.css")
 
 
 def _render(template: str, **values) -> str:
@@ -42,13 +53,13 @@ def token_view(tokens: list[dict]) -> str:
         text = token["token"]
         for written, mark in visible.items():
             text = text.replace(written, mark)
-        shown.append({"text": text, "supervised": token["supervised"]})
+        shown.append({"text": marks.visible(text), "supervised": token["supervised"]})
     return _render("tokens.html.j2", tokens=shown)
 
 
 def answers_view(answers: dict[str, str]) -> str:
     """HTML of named texts, one under the other."""
-    return _render("answers.html.j2", answers=answers)
+    return _render("answers.html.j2", answers={name: marks.visible(text) for name, text in answers.items()})
 
 
 def choose_rows(metrics: dict, count: int = 3, seed: int = 0) -> dict[str, list[int]]:
@@ -65,43 +76,69 @@ def choose_rows(metrics: dict, count: int = 3, seed: int = 0) -> dict[str, list[
 
 
 def side_by_side(metrics: dict, predictions: dict[str, list[dict]], chosen: dict[str, list[int]]) -> str:
-    """HTML of dialogues with base, fine-tuned and reference summary. Unsupported numbers are marked."""
-    groups = {}
-    for group, numbers in chosen.items():
-        rows = []
-        for i in numbers:
-            row = predictions["base"][i]
-            answers = [_answer(metrics, predictions, name, i) for name in ("base", "finetuned")]
-            rows.append({key: row[key] for key in ("id", "section", "dialogue", "reference")} | {"answers": answers})
-        groups[GROUPS.get(group, group)] = rows
-    return _render("side_by_side.html.j2", groups=groups)
+    """HTML of dialogues with base, fine-tuned and reference summary in columns, marked as marks.py says."""
+    groups = {GROUPS.get(group, group): [_row(metrics, predictions, i) for i in chosen[group]] for group in chosen}
+    return _render("side_by_side.html.j2", groups=groups, marks=marks.NAMES)
+
+
+def _row(metrics: dict, predictions: dict[str, list[dict]], i: int) -> dict:
+    row, answers = predictions["base"][i], [_answer(metrics, predictions, name, i) for name in ("base", "finetuned")]
+    base, tuned = (metrics["per_row"][name]["ROUGE-L"][i] for name in ("base", "finetuned"))
+    return {
+        **{key: marks.visible(row[key]) for key in ("id", "section", "dialogue")},
+        "reference": marks.marked_html(row["reference"], row["dialogue"], row["reference"], kinds=("number", "drug")),
+        "answers": answers,
+        "kinds": " ".join(f"{answer['name']}-{kind}" for answer in answers for kind in sorted(answer["kinds"])),
+        "score": f"{tuned:.3f}",
+        "gain": f"{tuned - base + 0.0:+.3f}",
+    }
 
 
 def _answer(metrics: dict, predictions: dict[str, list[dict]], name: str, i: int) -> dict:
     row = predictions[name][i]
-    flags = unsupported(row["prediction"], row["dialogue"])
+    text = row["prediction"]
+    found = marks.pieces(text, row["dialogue"], row["reference"])
+    lacks = [marks.visible(piece) for piece, kind in found if kind in ("number", "drug")]
+    kinds = {"lacks" for _ in lacks} | {"new" for _, kind in found if kind == "new"}
     return {
+        "name": name,
         "label": tables.LABELS[name],
-        "text": _marked(row["prediction"], flags),
-        "flags": sorted(flags),
+        "text": marks.marked_html(text, row["dialogue"], row["reference"]),
+        "flags": list(dict.fromkeys(lacks)),
+        "kinds": kinds | ({"cut"} if row["stop"] != "eos" else set()) | (set() if text.strip() else {"empty"}),
         "score": f"{metrics['per_row'][name]['ROUGE-L'][i]:.3f}",
         "tokens": row["tokens"],
         "ended": "EOS" if row["stop"] == "eos" else "cut at the cap",
     }
 
 
-def _marked(text: str, flags: set[str]) -> Markup:
-    """The text, escaped, with every word that states one of the flagged facts marked."""
-    marked = Markup("")
-    for word in re.split(r"(\s+)", text):
-        marked += Markup('<span class="warn">{}</span>').format(word) if facts(word) & flags else escape(word)
-    return marked
+def save_page(folder: Path, metrics: dict, predictions: dict[str, list[dict]], limit: int = 950_000) -> Path:
+    """Write folder/side_by_side.html: every row, to be sorted and filtered, in one file that needs no network.
 
-
-def save_page(folder: Path, metrics: dict, body: str) -> Path:
-    """Write folder/side_by_side.html around the HTML of `side_by_side`: self-contained, without scripts."""
-    title = f"{metrics['run']}, {metrics['split']}, n={metrics['n']}: base, fine-tuned, reference"
-    page = _render("page.html.j2", title=title, body=Markup(body))
+    Its policy lets only its own style and script run. Where all rows would need more than `limit` bytes, the most
+    gained and lost and random others fill it, and the page says so.
+    """
+    gain = np.array(metrics["per_row"]["finetuned"]["ROUGE-L"]) - np.array(metrics["per_row"]["base"]["ROUGE-L"])
+    shuffled, extremes = random.Random(0).sample(range(len(gain)), len(gain)), np.argsort(gain, kind="stable").tolist()
+    rows, size = {}, 20_000  # head, style and script
+    for i in dict.fromkeys([*extremes[:25], *extremes[-25:], *shuffled]):
+        row = _row(metrics, predictions, i)
+        size += len(_render("row.html.j2", row=row).encode()) + 200
+        if size > limit:
+            break
+        rows[i] = row
+    shown = [rows[i] for i in sorted(rows)]
+    here = Path(__file__).parent
+    style, script = ("".join((here / f).read_text("utf-8") for f in files) for files in (STYLES, ["page.js"]))
+    hashes = [f"sha256-{b64encode(sha256(part.encode()).digest()).decode()}" for part in (style, script)]
+    page = _render(
+        "page.html.j2",
+        title=f"{metrics['run']}, {metrics['split']}, n={metrics['n']}: base, fine-tuned, reference",
+        **{"style": Markup(style), "script": Markup(script), "style_hash": hashes[0], "script_hash": hashes[1]},
+        **{"rows": shown, "n": len(gain), "marks": marks.NAMES},
+        flags={kind: name for kind, name in FLAGS.items() if any(kind in row["kinds"].split() for row in shown)},
+        sections=sorted({row["section"] for row in shown}),
+    )
     return runs.write_atomic(folder / "side_by_side.html", page)
 
 

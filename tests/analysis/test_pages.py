@@ -1,6 +1,8 @@
 """Pages and the model card: nothing from data is HTML, colours can be read on dark, the card is one the hub reads."""
 
 import re
+from base64 import b64encode
+from hashlib import sha256
 
 import pytest
 from huggingface_hub import ModelCard
@@ -10,19 +12,51 @@ from src.analysis import pages
 from tests.analysis.conftest import EVIL, METRICS
 
 
+def page_of(evaluation, **settings) -> str:
+    path = pages.save_page(evaluation.comparison, evaluation.metrics, evaluation.predictions, **settings)
+    assert path == evaluation.folder / "comparison" / "side_by_side.html"
+    return path.read_text(encoding="utf-8")
+
+
 def test_side_by_side_escapes_everything_and_shows_what_it_should(make_run, make_evaluation):
     evaluation = make_evaluation(make_run())
     metrics, predictions = evaluation.metrics, evaluation.predictions
-    body = pages.side_by_side(metrics, predictions, pages.choose_rows(metrics, 2))
-    path = pages.save_page(evaluation.comparison, metrics, body)
-    page = path.read_text(encoding="utf-8")
-    assert path == evaluation.folder / "comparison" / "side_by_side.html"
-    assert "<script" not in page and "<b>" not in page and "&lt;script&gt;" in page and "http" not in page
+    body, page = pages.side_by_side(metrics, predictions, pages.choose_rows(metrics, 2)), page_of(evaluation)
+    assert "<script" not in body and page.count("<script") == page.count("</script") == 1  # the page's own
+    for view in (body, page):
+        assert "<b>" not in view and "&lt;script&gt;" in view and "http:" not in view and "onclick" not in view
+        assert view.count("<table>") == view.count("</table>") == 3
+        assert "not in the dialogue: 99" in view and '<span class="m-number">99</span>' in view
+        assert "ROUGE-L 0.250 · 6 tokens, cut at the cap" in view and "ROUGE-L 0.750 · 7 tokens, EOS" in view
+        assert '<span class="dim">(empty)</span>' in view
     assert "demo-00000001, test, n=3" in page and 'content="light dark"' in page
-    assert page.count("<table>") == page.count("</table>") == 3
-    assert "not in the dialogue: 99" in page and 'Takes <span class="warn">99</span> mg.' in page
-    assert "ROUGE-L 0.250 · 6 tokens, cut at the cap" in page and "ROUGE-L 0.750 · 7 tokens, EOS" in page
-    assert '<span class="dim">(empty)</span>' in page
+
+
+def test_the_page_runs_nothing_but_its_own_script_and_style(make_run, make_evaluation):
+    page = page_of(make_evaluation(make_run()))
+    (policy,) = re.findall('Content-Security-Policy" content="([^"]*)"', page)
+    assert policy.startswith("default-src 'none'; ")
+    for tag, kind in (("style", "style-src"), ("script", "script-src")):
+        (text,) = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        digest = b64encode(sha256(text.encode()).digest()).decode()
+        assert f"{kind} 'sha256-{digest}'" in policy
+    assert not re.search(r"<[^>]*\s(style|on\w+|src|href)=", page)
+
+
+def test_the_page_knows_gain_score_and_flags_of_every_row(make_run, make_evaluation):
+    page = page_of(make_evaluation(make_run()))
+    rows = re.findall(r'data-flags="([^"]*)" data-score="([^"]*)" data-gain="([^"]*)"', page)
+    assert [(score, gain) for _, score, gain in rows] == [("1.000", "+1.000"), ("0.000", "-0.500"), ("0.750", "+0.500")]
+    assert rows[0][0].split() == ["base-cut", "base-lacks", "base-new"] and "finetuned-empty" in rows[1][0].split()
+    offered = set(re.findall(r'<option value="((?:base|finetuned)-\w+)">', page))
+    assert offered == {flag for flags, _, _ in rows for flag in flags.split()}
+
+
+def test_a_page_that_would_be_large_keeps_what_fits_and_says_so(make_run, make_evaluation):
+    evaluation = make_evaluation(make_run())
+    whole, small = page_of(evaluation), page_of(evaluation, limit=22_000)
+    assert len(small) < len(whole) and "of 3 rows, so that the page stays small" in small
+    assert "stays small" not in whole and 'data-gain="-0.500"' in small  # the most lost is kept
 
 
 def test_rows_are_chosen_by_gain_and_loss_against_base(metrics):
@@ -42,6 +76,9 @@ def test_inline_views_escape_too():
         pages.token_view([{"token": EVIL, "supervised": True}, {"token": EVIL, "supervised": False}]),
     ):
         assert "<script" not in view and "&lt;script&gt;" in view
+    assert "␛" in pages.answers_view({"a": "\x1b[2J"}) and "\x1b" not in pages.token_view(
+        [{"token": "\x1b", "supervised": True}]
+    )
 
 
 def test_tokens_show_which_are_supervised():
@@ -92,10 +129,9 @@ def unreadable(css: str) -> list[str]:
 
 def test_colours_can_be_read_in_light_and_dark_themes(make_run, make_evaluation):
     evaluation = make_evaluation(make_run())
-    body = pages.side_by_side(evaluation.metrics, evaluation.predictions, {"random": [0]})
-    page = pages.save_page(evaluation.comparison, evaluation.metrics, body).read_text(encoding="utf-8")
+    page = page_of(evaluation)
     css = re.search("<style>(.*?)</style>", page, re.DOTALL).group(1)
-    assert css.count("background") == 3 and unreadable(css) == []
+    assert css.count("background") == 4 and unreadable(css) == []
     assert "background" not in page.replace(css, "") and not re.search(r"[;\"]color:", page.replace(css, ""))
     # the check sees what was wrong before
     assert unreadable("th{background:#f4f4f4}") and unreadable(".warn{background:#fbe3c8;padding:0}")
