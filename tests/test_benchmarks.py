@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import MistralConfig, TrainingArguments
 
-from benchmarks import coverage, real, speed, tables
+from benchmarks import coverage, pictures, real, speed, tables
 from src import recipes, scoring
 from src.engine import planning
 
@@ -203,3 +203,12 @@ def test_settings_are_named_by_what_differs():
     assert named("bits-16 bits-1") == "3,000 rows, 1 epoch, 16 bits"
     assert named("tune-mts-0.001-8") == "" and named("tune-mts-0.001-8", split="validation") == "tuning: 0.001-8"
     assert named("defects-labels-1", defect="labels from the prompt") == ""
+
+
+def test_pictures_draw_every_committed_result_and_their_tables_are_the_committed_ones(tmp_path):
+    written = pictures.main(tmp_path)
+    assert [path.name for path in written] == ["scores.csv", "scores.png"] * 2 + ["learning_curve.png", "speed.png"]
+    for path in written:
+        committed = tables.ROOT / path.relative_to(tmp_path)
+        assert committed.is_file() and path.stat().st_size > 500
+        assert path.suffix == ".png" or path.read_text() == committed.read_text()

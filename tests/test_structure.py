@@ -92,9 +92,9 @@ def test_imports_go_one_way():
     assert not wrong, "\n".join(["imports against the design:", *wrong])
 
 
-def test_nothing_but_notebooks_tests_and_two_benchmarks_imports_analysis():
-    # run.py for its last words; try_it.py for marks; signs.py measures it; coverage.py draws real summaries with it
-    allowed = {"src/run.py", "src/try_it.py", "benchmarks/signs.py", "benchmarks/coverage.py"}
+def test_nothing_but_notebooks_tests_and_some_benchmarks_imports_analysis():
+    # run.py for its last words; try_it.py for marks; signs.py measures it; coverage.py draws with it, so does pictures.py
+    allowed = {"src/run.py", "src/try_it.py"} | {f"benchmarks/{name}.py" for name in ("signs", "coverage", "pictures")}
     importing = {
         name(path)
         for path in [*SOURCES, *sorted((ROOT / "benchmarks").glob("*.py")), *sorted((ROOT / "data").rglob("*.py"))]
