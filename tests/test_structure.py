@@ -93,7 +93,7 @@ def test_imports_go_one_way():
 
 
 def test_nothing_but_notebooks_tests_and_some_benchmarks_imports_analysis():
-    # run.py for its last words; try_it.py for marks; signs.py measures it; coverage.py draws with it, so does pictures.py
+    # run.py for its last words; try_it.py for marks; signs.py measures it; coverage.py and pictures.py draw with it
     allowed = {"src/run.py", "src/try_it.py"} | {f"benchmarks/{name}.py" for name in ("signs", "coverage", "pictures")}
     importing = {
         name(path)
