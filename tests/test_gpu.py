@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, TrainingArguments
 
 from src import data, engine, prompts, qlora, recipes, runs
-from src.engine import batches, planning, trainer, weights
+from src.engine import batches, dropout, planning, trainer, weights
 from src.engine.attention import rows_stay_apart, varlen_attention
 
 pytestmark = [
@@ -166,3 +166,24 @@ def test_a_plan_that_runs_out_of_memory_goes_on_smaller(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer.FastTrainer, "compute_loss", too_large)
     fast, value = trained(tmp_path, "cuda")
     assert calls and not fast.plan.dequantized and len(fast.failed_plans) == len(calls) and math.isfinite(value)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("tokens", "width", "count", "rank"), [(300, 320, 3, 4), (1111, 4096, 2, 32), (70, 72, 1, 20)])
+def test_dropout_kernels_agree_with_the_plain_functions(tokens, width, count, rank, dtype):
+    generator, p = torch.Generator().manual_seed(0), 0.1
+    x, a, du = (
+        torch.randn(n, generator=generator) for n in ((tokens, width), (count * rank, width), (tokens, count * rank))
+    )
+    seeds = torch.tensor([7, 123456789, 2**31 - 2], dtype=torch.int32)[:count]
+    x, a, du = (y.to(dtype) for y in (x, a, du))
+    cuda = [y.cuda() for y in (x, a, du, seeds)]
+
+    def all_three(x, a, du, seeds):
+        yield dropout.low(x, a, seeds, p, 2.0)
+        yield dropout.input_gradient(du, a, seeds, p)
+        yield dropout.factor_gradient(du, x, seeds, p)
+
+    exactly = all_three(x.double(), a.double(), du.double(), seeds)
+    for found, expected in zip(all_three(*cuda), exactly, strict=True):
+        assert close(found.cpu().double(), expected.double(), 1e-2 if dtype == torch.bfloat16 else 1e-5)

@@ -10,6 +10,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 
+from src.engine.dropout import draw_seeds
 from src.engine.elementwise import is_llamas, rms_norm, rotary
 from src.engine.lora import GatedMLP, Group, SharedInput
 
@@ -25,8 +26,8 @@ def fusable(*modules) -> bool:
         isinstance(m, LoraLayer)
         and list(m.lora_A) == m.active_adapters == ["default"]
         and not (m.disable_adapters or m.merged or m.lora_variant or m.lora_bias["default"])
-        and isinstance(m.lora_dropout["default"], nn.Identity)
         and m.scaling["default"] == modules[0].scaling["default"]
+        and (isinstance(m.lora_dropout["default"], nn.Identity) or m.r["default"] == modules[0].r["default"])
         and getattr(m.get_base_layer(), "bias", None) is None
         and (m.get_base_layer().weight.is_floating_point() or hasattr(m.get_base_layer().weight, "quant_state"))
         for m in modules
@@ -62,6 +63,11 @@ def fused(model, enabled: bool = True):
     def renew(*_):
         with torch.no_grad():
             torch._foreach_copy_(copies, factors)
+        dropping = [group for group in groups if group.p and group.dropout.training]
+        counts = [len(group.modules) for group in dropping]
+        if counts:
+            for group, seeds in zip(dropping, draw_seeds(sum(counts), model.device).split(counts), strict=True):
+                group.drawn = seeds
 
     with ExitStack() as stack:
         if groups:  # on the decoder: training and generation both pass through it, whichever wrapper they enter by

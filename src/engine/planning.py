@@ -71,7 +71,7 @@ def plan(
     steps = arguments.max_steps if arguments.max_steps > 0 else steps
     dtype = quantization.bnb_4bit_compute_dtype
     packed = packing == "on" or (packing == "auto" and has_varlen(device, dtype))
-    is_fused = fused == "auto" and lora.lora_dropout == 0 and fuse.available(device)
+    is_fused = fused == "auto" and fuse.available(device)
     on = checkpointing == "on"
     first = Plan(len(lengths), per_step, steps, packed, 1, 0, on, quantization.load_in_4bit, is_fused, None, 0.0)
     s, rate = shapes(config, lora), matmul_rate(device, dtype)
@@ -177,7 +177,7 @@ def memory(p: Plan, supervised: int, s: dict, quantization, lora) -> dict[str, i
     # projection, dropout's output and mask.
     fast = p.fused and s["all layers"]
     kept = (6 * h + 2 * kv + 2 * i + 7 * r) if fast else (8 * h + 2 * kv + 4 * i + 14 * r)
-    kept += 7 * h + i // 2 if lora.lora_dropout else 0
+    kept += 7 * h + i // 2 if lora.lora_dropout and not fast else 0
     layer = 2 * tokens * kept
     logits = supervised * s["vocabulary"] * 14  # 16-bit, float32, log-softmax and their gradients
     activations = s["layers"] * layer
