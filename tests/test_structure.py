@@ -132,7 +132,7 @@ def test_04_itself_loads_no_torch():
 
 
 def test_importing_src_prints_nothing_and_touches_no_gpu():
-    wanted = modules(MAY_IMPORT)
+    wanted = [module for module in modules(MAY_IMPORT) if not module.endswith("_cuda")]  # those need Triton
     code = f"import {', '.join(wanted)}, torch\nassert not torch.cuda.is_initialized()"
     found = run_python(code)
     assert (found.returncode, found.stdout, found.stderr) == (0, "", "")
