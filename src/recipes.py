@@ -38,9 +38,10 @@ class Data(Section):
     train_rows: Count | None = None  # use the first n training rows (after drop_leaked); None: all
     validation_rows: Count | None = None  # the first n rows for the validation loss; None: all
     drop_leaked: bool = False  # leave out training rows whose dialogue, or a near copy, is in validation or test
-    train_file: str | None = None  # custom only: CSV or JSONL with dialogue, summary (optional: id, section)
+    train_file: str | None = None  # custom only: CSV, JSON, parquet with dialogue, summary (optional: id, section)
     validation_file: str | None = None  # custom only; without it and test_file, train_file is split by split_seed
     test_file: str | None = None  # custom only
+    max_file_mb: Count = 512  # a larger file is refused unread: its rows take several times its size in memory
     split_seed: int = 42  # custom only: of that split; apart from seed, so that all seeds have the same test rows
 
 
@@ -146,7 +147,8 @@ class Recipe(Section):
             "generation.temperature and top_p only act when generation.do_sample is true: set it too.": only_sampling,
             "generation.early_stopping and length_penalty only act with num_beams > 1: set it too.": only_beams,
             f"generation.min_new_tokens ({few}) exceeds generation.max_new_tokens ({most}).": few > most,
-            "data.train_file is missing: expected a CSV or JSONL file of your own.": custom and not d.train_file,
+            "data.train_file is missing: expected a file of your own (CSV, JSON, JSONL, parquet).": custom
+            and not d.train_file,
             f"data.train_file and the like are for the custom dataset, not {d.dataset!r}.": files and not custom,
             f"evaluation.split is {split!r}: {d.dataset} can be scored on {', '.join(scored)}.": split not in scored,
         }

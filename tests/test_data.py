@@ -113,11 +113,11 @@ def test_another_delimiter_is_found_in_the_header_and_reported(repository, chara
     [
         (
             "dialogue,text\na,b\n",
-            r"mine.csv has the columns dialogue, text; summary missing in every row. Expected dialogue and summary",
+            r"mine.csv: summary missing in every row; up to 1 other column.* Expected the columns dialogue",
         ),
         ("", r"holds no rows"),
         ("dialogue,summary\na,b\n,c\nd,\n", r"mine.csv: empty dialogue or summary in rows 2, 3"),
-        ("id,dialogue,summary\n1,a,b\n1,c,d\n", r"uses id 1 more than once"),
+        ("id,dialogue,summary\n1,a,b\n1,c,d\n", r"uses an id more than once, in rows 1, 2"),
         (
             b"dialogue,summary\na,b\nc,caf\xe9\n",
             r"mine.csv is not UTF-8: byte b'\\xe9' at offset 26 \(line 3\)",
@@ -141,8 +141,8 @@ def test_text_with_commas_that_are_not_quoted_is_never_cut(repository, name):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("dialogue,summary,summary\na,b,c\n", "column 'summary' twice or without a name in its header"),
-        ("dialogue,summary,\nDoctor: hello, how are you?,Fine.\n", "column '' twice or without a name"),
+        ("dialogue,summary,summary\na,b,c\n", "column 3 (summary) twice or without a name in its header"),
+        ("dialogue,summary,\nDoctor: hello, how are you?,Fine.\n", "column 3 twice or without a name"),
         ("dialogue,summary,section_text\na,b,c\n", "two columns for summary (summary and section_text) in row 1"),
         ("dialogue,summary,Summary\na,b,c\n", "two columns for summary (summary and Summary) in row 1"),
         ("dialogue,summary\na,b\ndialogue,summary\n", "mine.csv: the header again in row 2"),
@@ -160,16 +160,17 @@ def test_a_table_with_an_index_without_a_name_is_read(repository):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "cannot be parsed as jsonl"),
+        ("{", "cannot be parsed as JSONL .line 1, column 2"),
         ('{"dialogue": 3, "summary": "x"}', "dialogue or summary is not text in row 1"),
-        ('{"dialogue": "a", "summary": "b", "summary": "c"}', "line 1: key summary more than once in an object"),
+        ('{"dialogue": "a", "summary": "b", "summary": "c"}', "line 1: a key .summary. more than once in an object"),
         ('{"dialogue": "a", "summary": "b", "section_text": "c"}', "two columns for summary"),
         ('{"id": 1, "dialogue": "a", "summary": "b"}\n{"dialogue": "a", "summary": "b"}', "id is missing, .* in row 2"),
         ('{"id": 1, "dialogue": "a", "summary": "b"}\n{"id": null, "dialogue": "a", "summary": "b"}', "null, .* row 2"),
-        ('{"id": {"a": 1}, "dialogue": "a", "summary": "b"}', "id is .* an object in row 1"),
-        ('{"section": ["x"], "dialogue": "a", "summary": "b"}', "section is a list or an object in row 1"),
+        ('{"id": {"a": 1}, "dialogue": "a", "summary": "b"}', "id is missing, null, or no text and no number in row 1"),
+        ('{"section": ["x"], "dialogue": "a", "summary": "b"}', "section is no text and no number in row 1"),
         ('{"dialogue": "a", "summary": "\\ud800"}', "half of a surrogate pair .* in row 1"),
-        ("[" * 100_000, "line 1: maximum recursion depth"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"a": ' * 100_000, "line 1: nested too deeply"),
         ('{"dialogue": "a", "summary": "b"}\n{"dialogue": "c", "summ\n', "line 2, column"),
         ('{"dialogue": "a", "summary": "b"}\n{"dialogue": "c"}\n', "summary missing in row 2"),
         ('{"dialogue": "a"}\n', "summary missing in every row"),
@@ -179,12 +180,11 @@ def test_wrong_json_is_refused_and_the_row_named(repository, content, message):
     assert re.search(message, refusal(repository, content, "x.jsonl"))
 
 
-def test_an_error_shows_little_of_a_row_on_one_line(repository):
+def test_an_error_shows_nothing_of_a_row(repository):
     words = "Mrs Smith of Elm Street has\nan ulcer. " * 50
     for text in (f'"{words}",fine\nc,d\n', f'id,dialogue,summary\n"{words}",a,b\n"{words}",c,d\n'):
         message = refusal(repository, text)
-        assert "\n" not in message and message.count("Mrs Smith") == 2
-        assert "Mrs Smith of Elm Street has an ulcer. Mrs Smith of Elm Street has an ulcer. M..." in message
+        assert "\n" not in message and "Smith" not in message and "ulcer" not in message
 
 
 def test_a_missing_custom_file_is_named(repository):
@@ -194,26 +194,33 @@ def test_a_missing_custom_file_is_named(repository):
 
 def test_a_file_that_cannot_be_read_is_one_clear_error(repository, monkeypatch):
     (repository / "folder.csv").mkdir()
-    with pytest.raises(DataError, match="folder.csv is a directory: expected a CSV, JSON or JSONL file"):
+    with pytest.raises(DataError, match="folder.csv is a directory: expected CSV, TSV, JSON, JSONL or parquet"):
         data.read_rows(repository / "folder.csv")
     with pytest.raises(DataError, match="is missing|cannot be read .File name too long"):
         data.read_rows(repository / ("x" * 5000))
     custom(repository, ROWS)
 
-    def denied(path):
+    def denied(*arguments, **options):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(pathlib.Path, "read_bytes", denied)
+    monkeypatch.setattr(pathlib.Path, "open", denied)
     with pytest.raises(DataError, match=r"mine.csv cannot be read \(Permission denied\)"):
         data.read_rows(repository / "mine.csv")
 
 
-def test_a_file_that_would_fill_the_memory_is_refused_unread(repository, monkeypatch):
+def test_a_file_over_the_limit_is_refused_unread_and_the_limit_can_be_raised(repository, monkeypatch):
     with (repository / "big.csv").open("wb") as file:
-        file.truncate(records.MAX_BYTES + 1)  # sparse: takes no room on the disk
-    monkeypatch.setattr(pathlib.Path, "read_bytes", lambda path: pytest.fail("the file was read"))
-    with pytest.raises(DataError, match="big.csv has 512,000,001 bytes: expected .* of at most 512,000,000"):
-        data.read_rows(repository / "big.csv")
+        file.truncate(512_000_001)  # sparse: takes no room on the disk
+    with monkeypatch.context() as patched:
+        patched.setattr(pathlib.Path, "open", lambda *arguments, **options: pytest.fail("the file was read"))
+        with pytest.raises(DataError, match="big.csv has 512,000,001 bytes: expected at most 512,000,000.*max_file_mb"):
+            data.read_rows(repository / "big.csv")
+    with pytest.raises(DataError, match="holds NUL bytes"):  # read now, and refused after its first bytes
+        data.read_rows(repository / "big.csv", 600)
+    text = "dialogue,summary\n" + f"{'x' * 500_000},y\nb,c\nd,e\n" + f"{'z' * 600_000},y\n"
+    with pytest.raises(DataError, match="raise data.max_file_mb"):
+        data.prepare(custom(repository, text, overrides={"data.max_file_mb": 1}))
+    assert data.prepare(custom(repository, text, overrides={"data.max_file_mb": 2}))["rows"]["train"] == 2
 
 
 def test_one_held_out_file_without_the_other_is_refused(repository):
@@ -227,7 +234,7 @@ def test_rows_without_an_id_are_counted_from_one_and_an_empty_id_is_refused(repo
     with pytest.raises(DataError, match="empty dialogue or summary in row 2"):
         records.usable(data.read_rows(path), path, strict=True)
     path.write_text("id,dialogue,summary\n,a,b\n,c,d\n", encoding="utf-8")
-    with pytest.raises(DataError, match="rows whose id is empty"):
+    with pytest.raises(DataError, match="an empty id in rows 1, 2"):
         records.usable(data.read_rows(path), path, strict=True)
 
 

@@ -1,5 +1,5 @@
-"""The datasets: records.py reads and checks files, leaks.py compares dialogues, prepare.py makes data/processed,
-models.py fetches base models that come in a package.
+"""The datasets: tables.py reads files, records.py checks them, leaks.py compares dialogues, prepare.py makes
+data/processed, models.py fetches base models that come in a package.
 
 A record is {"id", "section", "dialogue", "summary"}, all text; section is "" where there is none.
 """
@@ -23,7 +23,8 @@ from src.data.prepare import (
     train_rows,
     validation_rows,
 )
-from src.data.records import DataError, normalise, read_rows, read_table
+from src.data.records import normalise, read_rows
+from src.data.tables import DataError, read_table
 
 __all__ = [
     "DataError", "audit", "evaluation_rows", "fetch", "fetch_model", "fingerprint", "key", "load", "load_split",

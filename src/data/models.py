@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 
 from src import runs
-from src.data.records import DataError
+from src.data.tables import DataError
 
 MODELS = Path(__file__).resolve().parents[2] / "data" / "models.toml"
 PROVENANCE = "provenance.json"  # written last: a folder that has it is whole

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from src import recipes, runs
 from src.data.leaks import NEAR, audit, key, overlaps, sequences
-from src.data.records import DataError, delimiter, read_rows, usable
+from src.data.records import read_rows, usable
+from src.data.tables import DataError, delimiter
 
 SOURCES = Path(__file__).resolve().parents[2] / "data" / "sources.toml"
 
@@ -81,7 +82,7 @@ def source_files(recipe, progress: bool = True) -> dict[str, Path]:
             "split by data.split_seed."
         )
     given = {"train": d.train_file, "validation": d.validation_file, "test": d.test_file}
-    return {split: runs.ROOT / name for split, name in given.items() if name}
+    return {split: runs.ROOT / Path(name).expanduser() for split, name in given.items() if name}
 
 
 def _unpack_samsum(progress: bool):
@@ -132,7 +133,7 @@ def prepare(recipe, progress: bool = True) -> dict:
         published_file(dataset, "released_outputs", progress)  # 03 scores them, and may have no network
     rows, dropped = {}, {}
     for split, path in files.items():
-        rows[split], dropped[split] = usable(read_rows(path), path, strict=dataset == "custom")
+        rows[split], dropped[split] = usable(read_rows(path, recipe.data.max_file_mb), path, strict=dataset == "custom")
     one_file = list(rows) == ["train"]
     if one_file:
         rows = split_by_seed(rows["train"], recipe.data.split_seed, files["train"])
