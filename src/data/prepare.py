@@ -108,8 +108,7 @@ def split_by_seed(rows: list[dict], seed: int, path: Path) -> dict[str, list[dic
         groups[key(row)].append(row)
     if len(groups) < 3:
         raise DataError(
-            f"{runs.relative(path)}: {len(groups)} different dialogue(s) cannot be split into train, validation and "
-            "test: expected at least 3. Add rows."
+            f"{runs.relative(path)}: {len(groups)} different dialogue(s) cannot be split: expected 3. Add rows."
         )
     order = list(groups.values())
     random.Random(seed).shuffle(order)
@@ -131,9 +130,9 @@ def prepare(recipe, progress: bool = True) -> dict:
     dataset, files = recipe.data.dataset, source_files(recipe, progress)
     if dataset == "mts_dialog":
         published_file(dataset, "released_outputs", progress)  # 03 scores them, and may have no network
-    rows, dropped = {}, {}
+    rows, dropped, largest = {}, {}, recipe.data.max_file_mb
     for split, path in files.items():
-        rows[split], dropped[split] = usable(read_rows(path, recipe.data.max_file_mb), path, strict=dataset == "custom")
+        rows[split], dropped[split] = usable(read_rows(path, largest), path, dataset == "custom")
     one_file = list(rows) == ["train"]
     if one_file:
         rows = split_by_seed(rows["train"], recipe.data.split_seed, files["train"])
