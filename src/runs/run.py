@@ -185,13 +185,19 @@ def open(recipe, trainer, prompt_template: dict) -> Run:
 
 
 def finished(recipe_name: str | None = None) -> list[Run]:
-    """The finished runs under outputs/, of one recipe or of all, the newest last."""
-    found = [Run(path.parent.name) for path in (runs.ROOT / "outputs").glob("*/manifest.json")]
-    found = [run for run in found if re.search("-[0-9a-f]{8}$", run.name)]  # neither others' folders nor damaged ones
-    for run in found:
-        with locks.set_aside_if_damaged(run.folder, "02_train_qlora"):
-            run.config, run.manifest  # noqa: B018  their seals
-    chosen = [run for run in found if recipe_name in (None, run.config["recipe"]["name"])]
+    """The finished runs under outputs/, of one recipe or all, the newest last. A damaged one is set aside and named."""
+    whole = []
+    for path in sorted((runs.ROOT / "outputs").glob("*/manifest.json")):
+        run = Run(path.parent.name)
+        if not re.search("-[0-9a-f]{8}$", run.name):
+            continue  # others' folders, and damaged ones
+        try:
+            with locks.set_aside_if_damaged(run.folder, "02_train_qlora"):
+                run.config, run.manifest  # noqa: B018  their seals
+            whole.append(run)
+        except files.Damage as error:  # it stops no other run
+            print(error)
+    chosen = [run for run in whole if recipe_name in (None, run.config["recipe"]["name"])]
     return sorted(chosen, key=lambda run: (run.opened, run.name))
 
 

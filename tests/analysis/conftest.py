@@ -95,8 +95,8 @@ def make_run(tmp_path, monkeypatch):
         log = [{"step": 10, "loss": 2.0}, {"step": 10, "eval_loss": losses[0]}]
         log += [{"step": 20, "loss": 1.0}, {"step": 20, "eval_loss": losses[1]}, {"step": 20, "sample": "x", "id": "0"}]
         folder = tmp_path / "outputs" / name
-        runs.write_json(folder / "config.json", config)
-        runs.write_json(folder / "manifest.json", manifest)
+        runs.files.write_sealed(folder / "config.json", config)
+        runs.files.write_sealed(folder / "manifest.json", manifest)
         runs.write_jsonl(folder / "train_log.jsonl", log)
         return runs.Run(name)
 
@@ -111,7 +111,7 @@ def make_evaluation():
         evaluation = runs.Evaluation(run, name)
         about = {"run": run.name, "evaluation": name, "created": f"2025-01-{day:02d}T{hour}:00:00.000000+00:00"}
         about |= {"split": metrics["split"], "rows": metrics["n"], "generation": generation or {"max_new_tokens": 96}}
-        runs.write_json(evaluation.folder / "evaluation.json", about)
+        runs.files.write_sealed(evaluation.folder / "evaluation.json", about)
         for number, label in ((1, "base"), (2, "finetuned")):
             answers = [
                 {
@@ -126,8 +126,8 @@ def make_evaluation():
                 for i, texts in enumerate(ROWS)
             ]
             runs.write_jsonl(evaluation.folder / "predictions" / f"{label}.jsonl", answers)
-        written = copy.deepcopy(metrics) | {"run": run.name, "evaluation": name}
-        runs.write_json(evaluation.folder / "metrics.json", written)
+        written = copy.deepcopy(metrics) | {"run": run.name, "evaluation": name, "sha256": {}}
+        runs.files.write_sealed(evaluation.folder / "metrics.json", written)
         return evaluation
 
     return make

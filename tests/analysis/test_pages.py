@@ -181,7 +181,7 @@ def test_the_cards_snippet_is_python_with_the_runs_own_settings(make_run, make_e
 def test_the_cards_snippet_pins_the_hubs_commit(make_run, make_evaluation, load_in_4bit):
     overrides = {"quantization.load_in_4bit": load_in_4bit, "pad_token": "add", "prompt.few_shot": 2}
     run = make_run("samsum-00000001", "samsum", overrides)
-    runs.write_json(run.folder / "manifest.json", run.manifest | {"base_commit": "a" * 40})
+    runs.files.write_sealed(run.folder / "manifest.json", run.manifest | {"base_commit": "a" * 40})
     card = pages.model_card(run, make_evaluation(run, metrics=METRICS | {"dataset": "samsum"}))
     code = snippet(card)
     compile(code, "card", "exec")

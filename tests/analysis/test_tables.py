@@ -234,7 +234,7 @@ def test_every_recipe_field_is_in_the_comparison(make_run, make_evaluation):
         config = second.config
         section, _, field = name.rpartition(".")
         (config["recipe"][section] if section else config["recipe"])[field] = value
-        runs.write_json(second.folder / "config.json", config)
+        runs.files.write_sealed(second.folder / "config.json", config)
         make_evaluation(first)
         make_evaluation(second)
         if name != "data.dataset":
