@@ -21,6 +21,7 @@ from src.engine.batches import IGNORE, StepSampler
 TOKENS = 16384  # a forward pass above this gains no speed (measured on an H200)
 RESERVE = 0.95  # share of the free memory that a plan may fill: the rest is fragmentation
 WORKSPACE = 2**28  # bytes: cuBLAS workspaces, kernels' temporaries
+DROPOUT_TOKENS = 4000  # a step of fewer waits for launching the masks' kernels longer than for PEFT's own layers
 SHARE, SHARE_CHECKPOINTED = 0.66, 0.72  # of the matrix-product rate that training reaches with every layer fused
 SHARE_PLAIN = 0.45  # the same where layers run through PEFT's own forward
 DEQUANTIZE = 1.8e12  # bytes a second of turning NF4 into 16 bits, 2.5 bytes a weight
@@ -71,7 +72,8 @@ def plan(
     steps = arguments.max_steps if arguments.max_steps > 0 else steps
     dtype = quantization.bnb_4bit_compute_dtype
     packed = packing == "on" or (packing == "auto" and has_varlen(device, dtype))
-    is_fused = fused == "auto" and fuse.available(device)
+    waits = lora.lora_dropout > 0 and sum(lengths) / len(lengths) * per_step < DROPOUT_TOKENS
+    is_fused = fused == "auto" and fuse.available(device) and not waits
     on = checkpointing == "on"
     first = Plan(len(lengths), per_step, steps, packed, 1, 0, on, quantization.load_in_4bit, is_fused, None, 0.0)
     s, rate = shapes(config, lora), matmul_rate(device, dtype)

@@ -227,6 +227,8 @@ def test_asked_settings_are_kept(on_gpu):
     assert not on_gpu(139, packing="off").packed and on_gpu(139, packed=False, packing="on").packed
     assert on_gpu(139, tokens_per_pass=1400).tokens <= 1400
     assert on_gpu(139, config=lora(r=32, lora_dropout=0.1)).fused
+    short = {"lengths": (100, 180, 300) * 40}  # 16 rows a step: too few tokens to pay for launching the masks' kernels
+    assert on_gpu(139, **short).fused and not on_gpu(139, config=lora(r=32, lora_dropout=0.1), **short).fused
 
 
 def test_layers_that_are_fused_in_part_are_planned_as_plain_ones(on_gpu):
