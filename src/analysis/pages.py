@@ -58,8 +58,9 @@ def token_view(tokens: list[dict]) -> str:
 
 
 def answers_view(answers: dict[str, str]) -> str:
-    """HTML of named texts, one under the other."""
-    return _render("answers.html.j2", answers={name: marks.visible(text) for name, text in answers.items()})
+    """HTML of named texts, one under the other; texts that `marks.marked_html` made keep their marks."""
+    shown = {name: text if isinstance(text, Markup) else marks.visible(text) for name, text in answers.items()}
+    return _render("answers.html.j2", answers=shown)
 
 
 def choose_rows(metrics: dict, count: int = 3, seed: int = 0) -> dict[str, list[int]]:

@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from src import runs
-from src.analysis import pages
+from src.analysis import marks, pages
 from tests.analysis.conftest import EVIL, METRICS
 
 
@@ -88,6 +88,8 @@ def test_tokens_show_which_are_supervised():
 
 
 def test_answers_stand_one_under_the_other_and_an_empty_one_says_so():
+    marked = pages.answers_view({"fine-tuned": marks.marked_html("<b> 99", "A: hi")})
+    assert '&lt;b&gt; <span class="m-number">99</span>' in marked
     view = pages.answers_view({"dialogue": "A: hi\nB: hi", "base": ""})
     cells = re.findall(r"<th[^>]*>(.*?)</th>\s*<td>(.*?)</td>", view, re.DOTALL)
     assert cells == [("dialogue", "A: hi\nB: hi"), ("base", '<span class="dim">(empty)</span>')]
