@@ -4,15 +4,11 @@ import json
 import os
 import time
 from contextlib import contextmanager
-from hashlib import file_digest
-from pathlib import Path
 
 import torch
 from transformers import TrainerCallback
 
 from src.engine import decode
-
-SUMS = "checksums.json"  # of a checkpoint's files: written once they are whole
 
 
 class Progress(TrainerCallback):
@@ -38,35 +34,6 @@ class Progress(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         self.checkpoint = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
-
-
-class Checkpoints(TrainerCallback):
-    """Saves a checkpoint when `minutes` have passed since the last, and writes the checksums of every one.
-
-    Not where an evaluation of the same step is still to come at the epoch's end: it must not be passed over.
-    """
-
-    def __init__(self, minutes: float):
-        self.seconds, self.saved = 60 * minutes, None
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.saved = time.monotonic()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        is_last = state.epoch % 1 == 0 or state.global_step >= state.max_steps
-        if time.monotonic() - self.saved >= self.seconds and not is_last and args.save_strategy != "no":
-            control.should_save = True
-
-    def on_save(self, args, state, control, **kwargs):
-        self.saved = time.monotonic()
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        sums = {}
-        for path in sorted(path for path in folder.iterdir() if path.name != SUMS):
-            with path.open("rb") as file:
-                sums[path.name] = file_digest(file, "sha256").hexdigest()
-        temporary = folder / f".{SUMS}.tmp"
-        temporary.write_text(json.dumps(sums, indent=2), "utf-8")
-        temporary.replace(folder / SUMS)
 
 
 class SampleAnswers(TrainerCallback):

@@ -6,27 +6,18 @@ from pathlib import Path
 
 from src.runs import files
 
-SUMS = "checksums.json"  # {file: sha256}, which the engine's trainer adds once a checkpoint is written
-
 
 def newest(folder: Path, aside: Path) -> Path | None:
     """The newest checkpoint of a folder that training can go on from; None if there is none.
 
-    One that a kill cut short is deleted. One that was damaged since goes to `aside` under another name, and is said.
+    One that a kill cut short is deleted. One whose best checkpoint is gone goes to `aside` under another name.
     """
     states = {}
     for path in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
-        is_summed = (path / SUMS).is_file()
         try:  # the Trainer writes its state last
             states[path] = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-            files.check(path, json.loads((path / SUMS).read_text(encoding="utf-8")) if is_summed else {})
-        except (OSError, ValueError, AttributeError, files.Damage) as error:
-            states.pop(path, None)
-            if not is_summed:
-                shutil.rmtree(path)
-                continue
-            what = error if isinstance(error, files.Damage) else f"{files.relative(path)} is damaged."
-            print(f"{what} It was set aside as {files.relative(files.set_aside(path, aside))}.")
+        except (OSError, ValueError):
+            shutil.rmtree(path)
     for path, state in states.items():
         best = Path(state.get("best_model_checkpoint") or path).name
         if folder / best in states:

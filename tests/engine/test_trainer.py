@@ -4,6 +4,7 @@ import json
 import shutil
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import bitsandbytes as bnb
 import pytest
@@ -17,7 +18,7 @@ from src.engine import FastTrainer, LogFile, Plan, PlanError, SampleAnswers, cal
 from src.engine.batches import StepSampler
 from src.engine.callbacks import short_walks
 from src.engine.lora import Group
-from src.engine.trainer import renew_adapter
+from src.engine.trainer import TrainingError, renew_adapter
 from tests.engine.conftest import fill, pass_tokens, tiny, trainable, weights_of, with_adapter
 
 
@@ -568,3 +569,18 @@ def test_the_plan_of_a_cpu_trains(load, arguments, rows, tokenizer, quantization
     t.train()
     assert t.plan == planned and replace(planned, fused=True) != planned and not fuse.available(model.device)
     assert t.rows_per_step == 4 and t.peak_gib is None and t.state.global_step == 1
+
+
+@pytest.mark.parametrize(
+    ("logs", "fp16", "message"),
+    [
+        ({"loss": float("nan")}, False, "loss is nan at step 7: .*The last good checkpoint is c-5"),
+        ({"eval_loss": float("inf")}, True, "eval_loss is inf at step 7: training has diverged, or float16"),
+        ({"loss": 1.0, "grad_norm": float("inf")}, False, "grad_norm is inf"),
+    ],
+)  # fmt: skip
+def test_a_loss_that_is_no_number_stops_and_names_the_last_checkpoint(logs, fp16, message):
+    state, progress = SimpleNamespace(global_step=7), SimpleNamespace(checkpoint="c-5")
+    stand_in = SimpleNamespace(args=SimpleNamespace(fp16=fp16), state=state, progress=progress)
+    with pytest.raises(TrainingError, match=message):
+        FastTrainer.log(stand_in, logs)
