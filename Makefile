@@ -23,6 +23,10 @@ lab: .venv/installed  ## open copies of the notebooks in JupyterLab (lab/, which
 test: .venv/installed  ## all tests
 	$(BIN)/python -m pytest
 
+browser: .venv/installed  ## run every notebook in JupyterLab in Chromium (apt install chromium), light and dark
+	$(BIN)/pip install --quiet --disable-pip-version-check -r tests/requirements.txt
+	$(BIN)/python -m pytest tests/test_browser.py
+
 check: .venv/installed  ## lint and formatting, notebooks included
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,4 +47,4 @@ notebooks: .venv/installed  ## run all notebooks in a copy of this folder, then 
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-.PHONY: help demo run try lab test check notebooks
+.PHONY: help demo run try lab test browser check notebooks
