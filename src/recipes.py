@@ -4,12 +4,13 @@
 [generation] have the names that BitsAndBytesConfig, LoraConfig, TrainingArguments and GenerationConfig give them.
 """
 
-import difflib
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+
+from src.refusals import closest, conflicts, like, shown
 
 FOLDER = Path(__file__).parent / "recipes"
 SCHEDULERS = Literal[
@@ -20,9 +21,22 @@ OPTIMIZERS = Literal[
     "ademamix_8bit", "lion_32bit", "paged_lion_32bit", "paged_lion_8bit", "adafactor", "sgd", "adagrad", "rmsprop",
 ]  # fmt: skip
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
 AtLeastZero = Annotated[float, Field(ge=0, le=10**9)]
-Names = Annotated[list[str], Field(min_length=1), AfterValidator(lambda names: sorted(set(names)))]
+Layer = Annotated[str, like(r"[\w.]+", "the name of a linear layer such as 'q_proj'")]
+Names = Annotated[list[Layer], Field(min_length=1), AfterValidator(lambda names: sorted(set(names)))]
+Text = Annotated[str, like(r"[^\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]*", "text without control characters")]
+File = Annotated[str, like(r"[^\x00-\x1f\x7f\ud800-\udfff]+", "the path of a file")]
+Revision = Annotated[str, like(r"\w[\w./-]*", "a branch, tag or commit")]
+Device = Annotated[str, like(r"auto|cpu|cuda(:\d{1,3})?", "auto, cpu, cuda or cuda:<number>")]
+Model = Annotated[
+    str,
+    like(
+        r"(?:/|\.{1,2}/|data/|outputs/|[A-Za-z]:[\\/])[^\x00-\x1f\x7f\ud800-\udfff]+|\w[\w.-]*(?:/\w[\w.-]*)*",
+        "a model id such as 'mistralai/Mistral-7B-v0.1', or a folder (one with blanks in its name as './my folder')",
+    ),
+]
 
 
 class RecipeError(ValueError):
@@ -38,17 +52,17 @@ class Data(Section):
     train_rows: Count | None = None  # use the first n training rows (after drop_leaked); None: all
     validation_rows: Count | None = None  # the first n rows for the validation loss; None: all
     drop_leaked: bool = False  # leave out training rows whose dialogue, or a near copy, is in validation or test
-    train_file: str | None = None  # custom only: CSV, JSON, parquet with dialogue, summary (optional: id, section)
-    validation_file: str | None = None  # custom only; without it and test_file, train_file is split by split_seed
-    test_file: str | None = None  # custom only
+    train_file: File | None = None  # custom only: CSV, JSON, parquet with dialogue, summary (optional: id, section)
+    validation_file: File | None = None  # custom only; without it and test_file, train_file is split by split_seed
+    test_file: File | None = None  # custom only
     max_file_mb: Count = 512  # a larger file is refused unread: its rows take several times its size in memory
-    split_seed: int = 42  # custom only: of that split; apart from seed, so that all seeds have the same test rows
+    split_seed: Seed = 42  # custom only: of that split; apart from seed, so that all seeds have the same test rows
 
 
 class Prompt(Section):
     style: Literal["plain", "chat"] = "plain"  # plain: base models, our own template; chat: the tokenizer's template
-    instruction: str = "Summarize the following dialogue for section: {section}"  # {section} may be left out
-    cue: str = "Summary:"  # plain only: the line after the dialogue that the answer continues
+    instruction: Text = "Summarize the following dialogue for section: {section}"  # {section} may be left out
+    cue: Text = "Summary:"  # plain only: the line after the dialogue that the answer continues
     max_tokens: Annotated[int, Field(ge=32, le=10**6)] = 2048  # a longer prompt loses the end of its dialogue
     few_shot: Annotated[int, Field(ge=0, le=64)] = 0  # worked training examples before the dialogue, within max_tokens
 
@@ -68,11 +82,11 @@ class Lora(Section):
 
 
 class Training(Section):
-    num_train_epochs: Annotated[float, Field(gt=0, le=10**4)] = 3.0  # passes over the training rows
-    max_steps: Annotated[int, Field(ge=-1, le=10**7)] = -1  # stop after n optimizer steps; -1: by epochs
+    num_train_epochs: Annotated[float, Field(gt=0, le=1000)] = 3.0  # passes over the training rows
+    max_steps: Annotated[int, Field(ge=-1, le=10**6)] = -1  # stop after n optimizer steps; -1: by epochs
     per_device_train_batch_size: Count = 16  # times gradient_accumulation_steps: the rows of an optimizer step;
     gradient_accumulation_steps: Count = 1  # the engine regroups them into forward passes that fit
-    learning_rate: AtLeastZero = 2e-4  # the peak
+    learning_rate: Annotated[float, Field(ge=0, le=10)] = 2e-4  # the peak
     lr_scheduler_type: SCHEDULERS = "linear"  # how the rate falls after the peak
     warmup_steps: AtLeastZero = 0.0  # optimizer steps; a value below 1 is a share of all steps
     weight_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decoupled (AdamW), on the adapter
@@ -82,20 +96,20 @@ class Training(Section):
     early_stopping_patience: Count | None = None  # stop after n evaluations that are no better; None: never
     load_best_model_at_end: bool = True  # keep the adapter of the best evaluation, not the last
     metric_for_best_model: Literal["loss", "rougeL"] = "loss"  # rougeL: of generated answers to all validation rows
-    sample_rows: Annotated[int, Field(ge=0)] = 1  # validation dialogues summarised at each evaluation
+    sample_rows: Annotated[int, Field(ge=0, le=10**9)] = 1  # validation dialogues summarised at each evaluation
     keep_checkpoints: bool = False  # keep outputs/<run>/checkpoints after success
 
 
 class Generation(Section):
-    max_new_tokens: Count = 256  # an answer that reaches it is counted as cut off
-    min_new_tokens: Annotated[int, Field(ge=0)] = 0  # EOS is forbidden before
+    max_new_tokens: Annotated[int, Field(ge=1, le=10**5)] = 256  # an answer that reaches it is counted as cut off
+    min_new_tokens: Annotated[int, Field(ge=0, le=10**5)] = 0  # EOS is forbidden before
     num_beams: Annotated[int, Field(ge=1, le=64)] = 1  # 1: greedy or sampling; more: beam search
     early_stopping: bool = False  # beams only: stop when num_beams answers are complete
     length_penalty: Annotated[float, Field(ge=-100, le=100)] = 1.0  # beams only: > 1 favours longer answers
     no_repeat_ngram_size: Annotated[int, Field(ge=0, le=1000)] = 0  # of prompt and answer together; 0: off
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0  # > 1: tokens of prompt and answer less likely
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0  # > 1: tokens of prompt and answer less likely
     do_sample: bool = False  # draw tokens instead of taking the likeliest; seeded by row, whatever the batch
-    temperature: Annotated[float, Field(gt=0, le=100)] = 1.0  # sampling only
+    temperature: Annotated[float, Field(ge=0.001, le=100)] = 1.0  # sampling only
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # sampling only
 
 
@@ -104,7 +118,7 @@ class Evaluation(Section):
     rows: Count | None = None  # the first n rows of it; None: all
     # MEDIQA-Chat's is microsoft/deberta-xlarge-mnli; its ranks are the mean of ROUGE-1, BERTScore and BLEURT-20, which
     # is not computed here.
-    bertscore_model: Annotated[str, Field(min_length=1)] | None = None  # a hub id; None: BERTScore is not computed
+    bertscore_model: Model | None = None  # a hub id; None: BERTScore is not computed
 
 
 class Engine(Section):  # how a machine computes: never changes which run it is, nor the rows of a step
@@ -119,11 +133,11 @@ class Engine(Section):  # how a machine computes: never changes which run it is,
 
 class Recipe(Section):
     name: str  # of the file in src/recipes
-    base_model: Annotated[str, Field(min_length=1)] = "data/demo/base"  # a hub id, or a folder of this repository
-    revision: str = "main"  # branch, tag or commit on the hub; the commit it resolved to is recorded
+    base_model: Model = "data/demo/base"  # a hub id, or a folder of this repository
+    revision: Revision = "main"  # branch, tag or commit on the hub; the commit it resolved to is recorded
     pad_token: Literal["unk", "add"] = "unk"  # unk: reuse it, else the own pad token, else BOS; add: a new [PAD]
-    device: str = "auto"  # auto | cpu | cuda | cuda:1 ...
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42  # row order, adapter initialisation, dropout, sampling, bootstrap
+    device: Device = "auto"  # auto | cpu | cuda | cuda:1 ...
+    seed: Seed = 42  # row order, adapter initialisation, dropout, sampling, bootstrap
     data: Data = Data()
     prompt: Prompt = Prompt()
     quantization: Quantization = Quantization()
@@ -136,23 +150,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check(self):
-        d, g, split, scored = self.data, self.generation, self.evaluation.split, splits(self.data.dataset)[1:]
-        custom, files = d.dataset == "custom", any((d.train_file, d.validation_file, d.test_file))
-        only_sampling = not g.do_sample and (g.temperature, g.top_p) != (1, 1)
-        only_beams = g.num_beams == 1 and (g.early_stopping or g.length_penalty != 1)
-        few, most = g.min_new_tokens, g.max_new_tokens
-        conflicts = {
-            "training.max_steps is 0: expected -1 (by epochs) or at least 1.": self.training.max_steps == 0,
-            "generation.do_sample and num_beams > 1 exclude each other: choose one.": g.do_sample and g.num_beams > 1,
-            "generation.temperature and top_p only act when generation.do_sample is true: set it too.": only_sampling,
-            "generation.early_stopping and length_penalty only act with num_beams > 1: set it too.": only_beams,
-            f"generation.min_new_tokens ({few}) exceeds generation.max_new_tokens ({most}).": few > most,
-            "data.train_file is missing: expected a file of your own (CSV, JSON, JSONL, parquet).": custom
-            and not d.train_file,
-            f"data.train_file and the like are for the custom dataset, not {d.dataset!r}.": files and not custom,
-            f"evaluation.split is {split!r}: {d.dataset} can be scored on {', '.join(scored)}.": split not in scored,
-        }
-        broken = [message for message, is_broken in conflicts.items() if is_broken]
+        broken = conflicts(self, splits(self.data.dataset)[1:])
         if broken:
             raise ValueError(" ".join(broken))
         return self
@@ -186,7 +184,9 @@ def load(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
     Raises RecipeError for an unknown recipe or field, a wrong type or value, or fields that exclude each other.
     """
     if name not in names():
-        raise RecipeError(f"Unknown recipe {name!r}: expected one of {', '.join(names())}.{_closest(name, names())}")
+        raise RecipeError(
+            f"Unknown recipe {shown(name)}: expected one of {', '.join(names())}.{closest(name, names())}"
+        )
     try:
         values = tomllib.loads((FOLDER / f"{name}.toml").read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
@@ -198,11 +198,11 @@ def build(values: dict, overrides: dict[str, Any] | None = None) -> Recipe:
     """A recipe from a nested dictionary of fields, with dotted overrides. Raises RecipeError as `load` does."""
     before, given = _validated(values), {} if overrides is None else overrides
     if not isinstance(given, dict):
-        raise RecipeError(f'OVERRIDES is {given!r}: expected a dictionary such as {{"lora.r": 8}}.')
+        raise RecipeError(f'OVERRIDES is {shown(given)}: expected a dictionary such as {{"lora.r": 8}}.')
     changed, known = before.model_dump(), _flat(before)
     for key, value in given.items():
         if key not in known:
-            raise RecipeError(f"Unknown override {key!r}.{_closest(key, known)} src/recipes.py lists all fields.")
+            raise RecipeError(f"Unknown override {shown(key)}.{closest(key, known)} src/recipes.py lists all fields.")
         section, _, field = key.rpartition(".")
         target = changed[section] if section else changed
         target[field] = list(value) if isinstance(value, tuple) else value
@@ -233,15 +233,7 @@ def _sentence(problem: dict) -> str:
     if not key:
         return what.removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
-        return f"Unknown field {key!r}.{_closest(key, _flat(Recipe(name='')))} src/recipes.py lists all fields."
+        return f"Unknown field {key!r}.{closest(key, _flat(Recipe(name='')))} src/recipes.py lists all fields."
     choices = problem.get("ctx", {}).get("expected", "").replace("'", "").replace(" or ", ", ").split(", ")
-    return f"{key} is {found!r} ({type(found).__name__}): {what[0].lower() + what[1:]}.{_closest(found, choices)}"
-
-
-def _closest(word, choices) -> str:
-    """` Did you mean 'lora.r'?` for the choice that holds the word (in its own section first), or looks like it."""
-    section, _, field = str(word).rpartition(".")
-    holding = [choice for choice in choices if field and field in choice.rpartition(".")[2]]
-    holding.sort(key=lambda choice: (not choice.startswith(f"{section}."), not choice.endswith(f".{field}")))
-    close = holding or difflib.get_close_matches(str(word), list(choices), 1)
-    return f" Did you mean {close[0]!r}?" if close else ""
+    what = what.removeprefix("Value error, ")
+    return f"{key} is {shown(found)} ({type(found).__name__}): {what[0].lower() + what[1:]}.{closest(found, choices)}"

@@ -58,16 +58,17 @@ def main(arguments: list[str]) -> int:
         print("usage: python -m src.run RECIPE ['{\"lora.r\": 8}']")
         return 2
     try:
-        overrides = json.loads(arguments[1]) if len(arguments) == 2 else {}
+        overrides = json.loads(arguments[1], object_pairs_hook=_once) if len(arguments) == 2 else {}
         recipes.load(arguments[0], overrides)  # a mistake is told before papermill is imported, which takes seconds
-    except json.JSONDecodeError as error:
-        print(
-            f"OVERRIDES is not JSON ({error}): found {arguments[1]!r}, expected something like '{{\"lora.r\": 8}}'.",
-            file=sys.stderr,
-        )
-        return 1
     except recipes.RecipeError as error:
         print(error, file=sys.stderr)
+        return 1
+    except (ValueError, RecursionError) as error:
+        found = recipes.shown(arguments[1])
+        print(
+            f"OVERRIDES is not JSON ({error}): found {found}, expected something like '{{\"lora.r\": 8}}'.",
+            file=sys.stderr,
+        )
         return 1
     try:
         trained, evaluation = _told(arguments[0], overrides)
@@ -80,6 +81,14 @@ def main(arguments: list[str]) -> int:
 
     tables.print_summary(trained, evaluation)
     return 0
+
+
+def _once(pairs: list[tuple]) -> dict:
+    """A JSON object whose keys are all different, or else json would take the last of two values."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a field more than once")
+    return found
 
 
 def _told(name: str, overrides: dict) -> tuple[runs.Run | None, runs.Evaluation | None]:

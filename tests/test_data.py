@@ -224,7 +224,7 @@ def test_a_file_over_the_limit_is_refused_unread_and_the_limit_can_be_raised(rep
 
 
 def test_one_held_out_file_without_the_other_is_refused(repository):
-    with pytest.raises(DataError, match="give both, or neither"):
+    with pytest.raises(recipes.RecipeError, match="give both, or neither"):
         data.prepare(custom(repository, ROWS, overrides={"data.test_file": "mine.csv"}))
 
 

@@ -106,6 +106,7 @@ SMALL = {
     "evaluation.rows": 12,
     "prompt.max_tokens": 256,
     "training.max_steps": 4,
+    "training.warmup_steps": 0,
     "training.per_device_train_batch_size": 6,
     "training.gradient_accumulation_steps": 1,
     "training.eval_steps": 2,

@@ -299,8 +299,8 @@ def test_other_errors_pass_through():
 
 
 def test_an_id_that_the_hub_does_not_accept_is_explained():
-    with pytest.raises(qlora.ModelError, match="hub knows no model 'a b/c'.*check base_model"):
-        qlora.load_config(recipes.load("demo", {"base_model": "a b/c"}))
+    with pytest.raises(qlora.ModelError, match="hub knows no model 'a--b/c'.*check base_model"):
+        qlora.load_config(recipes.load("demo", {"base_model": "a--b/c"}))
 
 
 # --- follow every field: the notebooks' own cells ---------------------------------------------------------------------

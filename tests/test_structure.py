@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MAY_IMPORT = {  # room or file of src: what of src it may import beside itself
-    "recipes": set(),
+    "refusals": set(),
+    "recipes": {"refusals"},
     "runs": {"recipes"},
     "data": {"recipes", "runs"},
     "prompts": {"recipes", "runs"},
@@ -30,7 +31,7 @@ MAY_IMPORT = {  # room or file of src: what of src it may import beside itself
     "published": {"recipes", "runs", "data", "prompts", "scoring", "qlora", "engine"},
     "__init__": set(),
 }
-WITHOUT_TORCH = ("recipes", "runs", "data", "scoring", "analysis", "run", "terminal", "lab")
+WITHOUT_TORCH = ("refusals", "recipes", "runs", "data", "scoring", "analysis", "run", "terminal", "lab")
 HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
 
@@ -147,7 +148,7 @@ def listed(paths) -> str:
     return "\n".join(f"{length(path):6} {name(path)}" for path in sorted(paths, key=length, reverse=True))
 
 
-@pytest.mark.parametrize(("folder", "budget"), [("src", 1670), ("src/engine", 1590), ("src/analysis", 1225)])
+@pytest.mark.parametrize(("folder", "budget"), [("src", 1750), ("src/engine", 1590), ("src/analysis", 1225)])
 def test_rooms_stay_within_their_budget(folder, budget):
     paths = sorted((ROOT / folder).glob("*.py"))
     lines = sum(map(length, paths))

@@ -76,11 +76,6 @@ def source_files(recipe, progress: bool = True) -> dict[str, Path]:
         if d.dataset == "samsum":
             _unpack_samsum(progress)
         return {split: published_file(d.dataset, split, progress) for split in recipes.splits(d.dataset)}
-    if bool(d.validation_file) != bool(d.test_file):
-        raise DataError(
-            "Only one of data.validation_file and data.test_file is given: give both, or neither to have train_file "
-            "split by data.split_seed."
-        )
     given = {"train": d.train_file, "validation": d.validation_file, "test": d.test_file}
     return {split: runs.ROOT / Path(name).expanduser() for split, name in given.items() if name}
 

@@ -64,12 +64,18 @@ def plan(
 
     config: the base model's PretrainedConfig. lora, quantization, arguments: LoraConfig, BitsAndBytesConfig and
     TrainingArguments. rows: a dataset with input_ids and labels. memory_gib, tokens_per_pass: at most. Raises PlanError
-    when not even the longest row fits, or a target module is not in the model.
+    when not even the longest row fits, a target module is not in the model, lora.r is above its rank, or warmup does
+    not end.
     """
     lengths = [len(ids) for ids in rows["input_ids"]]
     per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
     steps = math.ceil(arguments.num_train_epochs * math.ceil(len(lengths) / per_step))
     steps = arguments.max_steps if arguments.max_steps > 0 else steps
+    if 1 <= arguments.warmup_steps >= steps and arguments.lr_scheduler_type != "constant":
+        raise PlanError(
+            f"training.warmup_steps is {arguments.warmup_steps:g}, and {len(lengths)} rows make {steps} optimizer "
+            "step(s), so that the learning rate never reaches its peak: lower it, or train longer."
+        )
     dtype = quantization.bnb_4bit_compute_dtype
     packed = packing == "on" or (packing == "auto" and has_varlen(device, dtype))
     waits = lora.lora_dropout > 0 and sum(lengths) / len(lengths) * per_step < DROPOUT_TOKENS
@@ -114,7 +120,7 @@ def plan(
 def _cpu_plan(first: Plan, lengths, seed, most, s: dict, rate: float) -> Plan:
     """The number of passes that computes fewest tokens, with padding and the cost of launching a pass as tokens."""
     found = []
-    for passes in range(1, first.rows_per_step + 1):
+    for passes in range(1, min(first.rows_per_step, len(lengths)) + 1):
         sizes = _pass_sizes(replace(first, passes=passes), lengths, seed)
         if max(sizes) <= max(most or math.inf, max(lengths)):
             found.append((sum(sizes) + CPU_PASS * len(sizes), passes, max(sizes)))
@@ -156,6 +162,9 @@ def shapes(config, lora) -> dict:
         )
     adapted = [m for n, m in linear.items() if check_target_module_exists(lora, n)]
     adapted = inner if targets == "all-linear" else adapted
+    widest = max(min(m.in_features, m.out_features) for m in adapted)
+    if lora.r > widest:
+        raise PlanError(f"lora.r is {lora.r}: {type(model).__name__}'s adapted layers have a rank of at most {widest}.")
     sizes = [m.weight.numel() for m in inner]
     heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
     head_width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
