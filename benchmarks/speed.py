@@ -35,6 +35,16 @@ TRAIN = {  # setup: overrides of samsum_best; rows a step, steps, and what limit
     "ours_batch_3": {ROWS: 3, "training.max_steps": 120},
     "ours_batch_3_dropout": {ROWS: 3, "training.max_steps": 60, "lora.lora_dropout": 0.1},  # as `samsum`
     "ours_dropout": {ROWS: 54, "training.max_steps": 15, "lora.lora_dropout": 0.1},
+    "ours_fp8": {ROWS: 54, "training.max_steps": 25, "engine.memory_gib": 64.0, "engine.fp8": "on"},
+    "ours_bf16_unlimited": {ROWS: 54, "training.max_steps": 25},  # beside ours_fp8_unlimited
+    "ours_fp8_unlimited": {ROWS: 54, "training.max_steps": 25, "engine.fp8": "on"},
+    "ours_fp8_checkpointed": {
+        ROWS: 32,
+        "training.max_steps": 25,
+        "engine.memory_gib": 10.0,
+        "engine.checkpointing": "on",
+        "engine.fp8": "on",
+    },
     "ours_plain_layers": {ROWS: 54, "training.max_steps": 15, "engine.fused": "off"},
     "ours_padded": {ROWS: 54, "training.max_steps": 15, "engine.packing": "off"},
     "ours_fp16": {ROWS: 54, "training.max_steps": 15, "quantization.bnb_4bit_compute_dtype": "float16"},

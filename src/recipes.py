@@ -121,12 +121,13 @@ class Evaluation(Section):
     bertscore_model: Model | None = None  # a hub id; None: BERTScore is not computed
 
 
-class Engine(Section):  # how a machine computes: never changes which run it is, nor the rows of a step
+class Engine(Section):  # how a machine computes: never changes which run it is (but fp8), nor the rows of a step
     packing: Literal["auto", "on", "off"] = "auto"  # whole rows without padding; auto: on where varlen attention runs
     fused: Literal["auto", "off"] = "auto"  # fused LoRA layers; auto: on CUDA where they fit
     checkpointing: Literal["auto", "on", "off"] = "auto"  # of activations; auto: only if memory asks for it
     memory_gib: Annotated[float, Field(gt=0, le=10**5)] | None = None  # plan for at most this; None: for what is free
     tokens_per_pass: Count | None = None  # at most, in a forward pass of training; None: planned
+    fp8: Literal["on", "off"] = "off"  # frozen products of training in 8 bits: faster from an H100 on, and another run
     dequantize: Literal["auto", "on", "off"] = "auto"  # 03: NF4 to 16-bit weights once, same function, faster
     batch_size: Count | None = None  # prompts decoded together; None: chosen from the free memory
 

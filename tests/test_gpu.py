@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, TrainingArguments
 
 from src import data, engine, prompts, qlora, recipes, runs
-from src.engine import batches, dropout, planning, trainer, weights
+from src.engine import batches, dropout, fp8, planning, trainer, weights
 from src.engine.attention import rows_stay_apart, varlen_attention
 
 pytestmark = [
@@ -102,7 +102,7 @@ def trained(folder, name, **overrides):
         bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, use_cpu=device.type == "cpu", seed=1,
     )  # fmt: skip
     lora, quantization = model.peft_config["default"], qlora.quantization_config(recipe, device)
-    options = {"packing": "on", "checkpointing": recipe.engine.checkpointing}
+    options = {"packing": "on", "checkpointing": recipe.engine.checkpointing, "fp8": recipe.engine.fp8}
     plan = engine.plan(qlora.load_config(recipe), lora, quantization, arguments, rows, device, **options)
     fast = engine.FastTrainer(model, arguments, rows, rows.select(range(40)), tokenizer, plan)
     fast.train()
@@ -187,3 +187,36 @@ def test_dropout_kernels_agree_with_the_plain_functions(tokens, width, count, ra
     exactly = all_three(x.double(), a.double(), du.double(), seeds)
     for found, expected in zip(all_three(*cuda), exactly, strict=True):
         assert close(found.cpu().double(), expected.double(), 1e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 300, 1111])
+def test_products_in_fp8_agree_with_the_plain_functions(tokens):
+    if not fp8.has_fp8(torch.device("cuda"), torch.bfloat16):
+        pytest.skip("needs compute capability 9.0")
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator).bfloat16()
+
+    weights, x, grads = [random(512, 256), random(64, 256) * 3], random(tokens, 256), []
+    grads = [random(tokens, 512), random(tokens, 64) * 1e-6]
+
+    def products(device):
+        rows = [fp8.quantize(weight.to(device)) for weight in weights]
+        yield from fp8.forward(x.to(device), rows)
+        yield fp8.backward([g.to(device) for g in grads], *fp8.across(rows))
+
+    for found, expected in zip(products("cuda"), products("cpu"), strict=True):
+        assert found.dtype == torch.bfloat16 and close(found.cpu().double(), expected.double(), 1e-2)
+    exact = grads[0].double() @ weights[0].double() + grads[1].double() @ weights[1].double()
+    assert close(found.cpu().double(), exact, 0.06)
+
+
+@pytest.mark.parametrize("checkpointing", ["off", "on"])
+def test_training_in_fp8_falls_as_far_as_in_16_bits(tmp_path, checkpointing):
+    if not fp8.has_fp8(torch.device("cuda"), torch.bfloat16):
+        pytest.skip("needs compute capability 9.0")
+    fast, value = trained(tmp_path, "cuda", **{"engine.fp8": "on", "engine.checkpointing": checkpointing})
+    _, expected = trained(tmp_path, "cuda", **{"engine.checkpointing": checkpointing})
+    print("fp8", value, "16 bits", expected)
+    assert fast.plan.fp8 and value != expected and value == pytest.approx(expected, rel=0.05)

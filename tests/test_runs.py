@@ -1,6 +1,7 @@
 """Runs: what their names are made of, what is refused, locked and found again, and files that are written whole."""
 
 import csv
+import dataclasses
 import gc
 import json
 import os
@@ -156,12 +157,13 @@ NOT_TRAINED |= {
     "evaluation.bertscore_model": "some/model",
 }
 NOT_TRAINED |= {"training.sample_rows": 3, "training.keep_checkpoints": True}
+TRAINED_ON_A_GPU = {"engine.fp8": NOT_TRAINED.pop("engine.fp8")}
 
 
 def test_the_tables_here_cover_every_field():
     recipe = recipes.load("demo").model_dump()
     fields = {f"{s}.{key}" for s, part in recipe.items() if isinstance(part, dict) for key in part}
-    left = {key for key in fields - set(TRAINED) - set(NOT_TRAINED) if not key.startswith("data.")}
+    left = {key for key in fields - {*TRAINED, *NOT_TRAINED, *TRAINED_ON_A_GPU} if not key.startswith("data.")}
     assert left == set() and not set(TRAINED) & set(NOT_TRAINED)  # of data, the rows themselves count
 
 
@@ -192,6 +194,13 @@ def test_everything_that_training_depends_on_changes_the_name(variants, usual):
 def test_nothing_else_changes_the_name(root, usual, excluded):
     assert name({key: value for key, value in NOT_TRAINED.items() if key not in excluded}) == usual
     assert name() == usual
+
+
+def test_products_in_8_bits_are_another_run(root, usual):
+    space = opened()
+    trainer = space["trainer"]
+    trainer.plan = dataclasses.replace(trainer.plan, fp8=True)
+    assert runs.open(space["recipe"], trainer, "").name != usual == space["run"].name
 
 
 def test_rows_of_a_step_count_and_not_how_they_are_written(root, usual):

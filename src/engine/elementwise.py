@@ -33,6 +33,7 @@ def one_kernel(function):
         for x in arguments:
             if torch.is_tensor(x) and x.ndim > 1:
                 torch._dynamo.maybe_mark_dynamic(x, 0 if x.ndim == 2 else 1)
+                torch._dynamo.mark_static(x, x.ndim - 1)  # a width that may vary is read without vectors
         return compiled(function)(*arguments)
 
     return run

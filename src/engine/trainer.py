@@ -160,14 +160,14 @@ class FastTrainer(Trainer):
     def _attempt(self, checkpoint: str | None):
         """Train as the plan says. Return None if the GPU's memory does not hold that."""
         base, device = self.model.get_base_model(), self.model.device
-        if self.plan.dequantized and not self.quantized:
+        if self.plan.dequantized and not self.quantized and not self.plan.fp8:
             self.quantized = weights.dequantize(self.model, keep=True)
         if self.plan.checkpointing:
             base.activation_checkpointing_enable({"use_reentrant": False, "context_fn": checkpoint_contexts})
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         try:
-            with fused(self.model, self.plan.fused), short_walks(self.model):
+            with fused(self.model, self.plan.fused, self.plan.fp8, self.plan.dequantized), short_walks(self.model):
                 return super().train(resume_from_checkpoint=checkpoint)
         except torch.OutOfMemoryError:
             return None

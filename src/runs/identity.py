@@ -1,7 +1,8 @@
 """What a run and an evaluation depend on, read from the objects that really ran, and hashed into their names.
 
 A number changed in a notebook's LoraConfig or TrainingArguments is therefore another run, and the same numbers are the
-same run whether they come from a cell or from OVERRIDES. How a machine computes (device, memory, passes) is left out.
+same run whether they come from a cell or from OVERRIDES. How a machine computes (device, memory, passes) is left out,
+unless in 8 bits.
 """
 
 import hashlib
@@ -44,11 +45,12 @@ def of_run(trainer, recipe) -> dict:
     training = {key: value for key, value in training.items() if value != usual[key] and value not in ({}, [])}
     lora = {key: value for key, value in adapter.to_dict().items() if key not in PLACE}
     lora = {key: value for key, value in lora.items() if value != getattr(type(adapter)(), key, None)}
+    in_fp8 = {"frozen_products": "float8_e4m3fn"} if getattr(getattr(trainer, "plan", None), "fp8", False) else {}
     return plain(
         {
             "base_model": base_name(model),
             "pad_token": recipe.pad_token,
-            "quantization": _quantization(model),
+            "quantization": _quantization(model) | in_fp8,
             "lora": {**lora, "r": adapter.r, "lora_alpha": adapter.lora_alpha},
             "training": {**training, "rows_per_step": rows_per_step(trainer), "seed": args.seed},
             "early_stopping_patience": patience(trainer),

@@ -102,6 +102,9 @@ def test_memory_of_mistral_7b_by_hand():
     for once in (memory(dequantized=True), memory(q=quantized(load_in_4bit=False))):
         assert once["weights"] == 2 * (6_979_321_856 + 262_410_240) and once["dequantised layer"] == 0
     assert memory(checkpointing=True)["activations"] < kept["activations"] / 4
+    eight, rounded = memory(dequantized=True, fp8=True), memory(fp8=True)  # two copies of a byte beside the four bits
+    assert eight["weights"] == pytest.approx(kept["weights"] + 2 * 6_979_321_856, rel=1e-6)
+    assert rounded["weights"] == kept["weights"] and rounded["dequantised layer"] == 8 * 4096 * 14336
     assert memory(tokens=2000)["activations"] == 2 * kept["activations"]
     assert memory(fused=False)["activations"] > kept["activations"]
     dropping = lora(r=32, lora_dropout=0.1)  # fused, its masks are computed again; PEFT's layers keep them
@@ -229,6 +232,18 @@ def test_asked_settings_are_kept(on_gpu):
     assert on_gpu(139, config=lora(r=32, lora_dropout=0.1)).fused
     short = {"lengths": (100, 180, 300) * 40}  # 16 rows a step: too few tokens to pay for launching the masks' kernels
     assert on_gpu(139, **short).fused and not on_gpu(139, config=lora(r=32, lora_dropout=0.1), **short).fused
+
+
+def test_fp8_is_planned_where_it_runs_and_refused_elsewhere(on_gpu, monkeypatch):
+    monkeypatch.setattr(planning, "has_fp8", lambda device, dtype: dtype == torch.bfloat16)
+    fast, short = on_gpu(139, fp8="on"), {"lengths": (100, 180, 300) * 40, "config": lora(r=32, lora_dropout=0.1)}
+    assert fast.fp8 and fast.fused and fast.dequantized
+    assert on_gpu(139, fp8="on", tflops=10).minutes < on_gpu(139, tflops=10).minutes
+    assert not on_gpu(139).fp8 and on_gpu(139, fp8="on", **short).fused
+    assert not on_gpu(12, fp8="on").dequantized
+    for options in ({"fused": "off"}, {"triton": False}):
+        with pytest.raises(PlanError, match=r"engine.fp8 is 'on'.*found cuda, torch.bfloat16.*Set engine.fp8 to 'off'"):
+            on_gpu(139, fp8="on", **options)
 
 
 def test_layers_that_are_fused_in_part_are_planned_as_plain_ones(on_gpu):

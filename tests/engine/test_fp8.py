@@ -1,0 +1,91 @@
+"""Frozen products in 8 bits, by the plain functions: how far off they are, and who computes with them."""
+
+import pytest
+import torch
+
+from src import engine
+from src.engine import fp8, fused
+from src.engine.batches import pack, pad
+from src.engine.trainer import summed_loss
+from tests.engine.conftest import fill, trainable
+from tests.engine.test_fuse import checkpointed, gradients
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def off(found, expected) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def test_a_row_is_rounded_with_a_scale_of_its_own():
+    x = random(5, 64) * torch.tensor([1e-6, 1.0, 30.0, 1e4, 0.0])[:, None]
+    rounded, scale = fp8.quantize(x)
+    assert rounded.dtype == torch.float8_e4m3fn and scale.shape == (5, 1) and scale.dtype == torch.float32
+    assert rounded.float().abs().amax(1).tolist() == [448.0] * 4 + [0.0]
+    back = rounded.float() * scale
+    assert (back[:4] - x[:4]).abs().div(x[:4].abs().clamp(min=1e-30)).median() < 0.04 and not back[4].any()
+
+
+def test_forward_and_backward_are_the_products_with_rounded_weights():
+    weights, x = [random(48, 32, seed=1) * 3, random(16, 32, seed=2) * 0.1], random(7, 32, seed=3)
+    grads = [random(7, 48, seed=4), random(7, 16, seed=5) * 100]
+    rows = [fp8.quantize(weight) for weight in weights]
+    exact = [weight.float() * scale for weight, scale in rows]
+    for found, weight in zip(fp8.forward(x, rows), exact, strict=True):
+        assert 0.001 < off(found, x @ weight.t()) < 0.05  # x is rounded, too
+    found = fp8.backward(grads, *fp8.across(rows))
+    expected = sum(g @ weight for g, weight in zip(grads, exact, strict=True))
+    assert found.shape == (7, 32) and 0.001 < off(found, expected) < 0.05
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_a_step_in_fp8_has_nearly_the_gradients_of_one_without(load, rows, checkpointing, dropout):
+    model = checkpointed(fill(load(lora_dropout=dropout)), checkpointing)
+    batch = pack(list(rows)[:4])
+
+    def step(in_fp8=False, keep=False):
+        torch.manual_seed(1)
+        with fused(model, True, in_fp8, keep):
+            loss, found = gradients(model, batch)
+        return loss, torch.cat([value.flatten() for value in found.values()])
+
+    plain, expected = step()
+    loss, found = step(in_fp8=True, keep=True)
+    again, recomputed = step(in_fp8=True)
+    assert loss == again and torch.equal(found, recomputed)  # weights that are kept, or rounded at every use
+    assert loss == pytest.approx(plain, rel=0.01) and loss != plain
+    assert 0.001 < off(found, expected) < 0.1
+    assert step()[0] == plain and len(trainable(model)) == 28
+
+
+def test_validation_losses_and_answers_keep_16_bits(load, rows, tokenizer):
+    model, batch = fill(load()), pad(list(rows)[:3], tokenizer.pad_token_id)
+
+    def loss(**options):
+        with fused(model, True, **options), torch.inference_mode():
+            return summed_loss(model, dict(batch))[0].item()
+
+    assert loss(in_fp8=True, keep=True) == loss()
+
+
+def test_a_width_that_the_product_refuses_keeps_16_bits(load, rows):
+    model, batch = fill(load()), pack(list(rows)[:3])
+    layers = [m for m in model.modules() if hasattr(m, "get_base_layer")]
+    with fused(model):
+        expected = gradients(model, batch)[0]
+    for layer in layers:
+        layer.get_base_layer().in_features += 8
+    with fused(model, True, True, True):
+        assert gradients(model, batch)[0] == expected
+
+
+def test_a_plan_with_fp8_needs_a_gpu_that_has_it(load, rows, quantization, tmp_path):
+    from peft import LoraConfig
+    from transformers import TrainingArguments
+
+    config, arguments = load().config, TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(engine.PlanError, match="engine.fp8 is 'on': expected a GPU of compute capability 9.0"):
+        engine.plan(config, LoraConfig(), quantization, arguments, rows, torch.device("cpu"), fp8="on")
