@@ -52,7 +52,7 @@ class Data(Section):
     train_rows: Count | None = None  # use the first n training rows (after drop_leaked); None: all
     validation_rows: Count | None = None  # the first n rows for the validation loss; None: all
     drop_leaked: bool = False  # leave out training rows whose dialogue, or a near copy, is in validation or test
-    train_file: File | None = None  # custom only: CSV, JSON, parquet with dialogue, summary (optional: id, section)
+    train_file: File | None = None  # custom only: CSV, TSV, JSON(L), parquet with dialogue, summary (also id, section)
     validation_file: File | None = None  # custom only; without it and test_file, train_file is split by split_seed
     test_file: File | None = None  # custom only
     max_file_mb: Count = 512  # a larger file is refused unread: its rows take several times its size in memory
@@ -84,8 +84,8 @@ class Lora(Section):
 class Training(Section):
     num_train_epochs: Annotated[float, Field(gt=0, le=1000)] = 3.0  # passes over the training rows
     max_steps: Annotated[int, Field(ge=-1, le=10**6)] = -1  # stop after n optimizer steps; -1: by epochs
-    per_device_train_batch_size: Count = 16  # times gradient_accumulation_steps: the rows of an optimizer step;
-    gradient_accumulation_steps: Count = 1  # the engine regroups them into forward passes that fit
+    per_device_train_batch_size: Count = 16  # times gradient_accumulation_steps: the rows of an optimizer step,
+    gradient_accumulation_steps: Count = 1  # which the engine regroups into forward passes that fit
     learning_rate: Annotated[float, Field(ge=0, le=10)] = 2e-4  # the peak
     lr_scheduler_type: SCHEDULERS = "linear"  # how the rate falls after the peak
     warmup_steps: AtLeastZero = 0.0  # optimizer steps; a value below 1 is a share of all steps

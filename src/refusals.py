@@ -57,7 +57,7 @@ def conflicts(recipe, scored: tuple[str, ...]) -> list[str]:
         f"generation.min_new_tokens ({g.min_new_tokens}) exceeds generation.max_new_tokens ({g.max_new_tokens}).": (
             g.min_new_tokens > g.max_new_tokens
         ),
-        "data.train_file is missing: expected a file of your own (CSV, JSON, JSONL, parquet).": (
+        "data.train_file is missing: expected a file of your own (CSV, TSV, JSON, JSONL, parquet).": (
             custom and not d.train_file
         ),
         f"data.train_file and the like are for the custom dataset, not {d.dataset!r}.": files and not custom,

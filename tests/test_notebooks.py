@@ -199,13 +199,3 @@ def test_a_mistake_on_the_command_line_is_one_paragraph(tmp_path, arguments, mes
     command = [sys.executable, "-m", "src.run", *arguments]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
-
-
-def test_every_path_that_the_readme_names_exists():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    paths = set(re.findall(r"\]\(([^)#:]+)\)", text)) | set(
-        re.findall(r"`((?:src|notebooks|data/demo|tests|benchmarks|outputs/demo|\.ci)/[\w./-]*)`", text)
-    )
-    assert len(paths) >= 12
-    for path in paths:
-        assert (ROOT / path).exists(), path

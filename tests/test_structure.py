@@ -23,6 +23,7 @@ MAY_IMPORT = {  # room or file of src: what of src it may import beside itself
     "run": {"recipes", "runs", "terminal", "analysis"},  # analysis for its last words, see below
     "terminal": {"runs"},
     "lab": {"runs"},
+    "docs": {"recipes", "runs"},
     "try_it": {"recipes", "runs", "data", "prompts", "qlora", "engine", "analysis"},  # marks in a terminal
     "takehome": {"runs"},
     "metrics": set(),
@@ -31,7 +32,7 @@ MAY_IMPORT = {  # room or file of src: what of src it may import beside itself
     "published": {"recipes", "runs", "data", "prompts", "scoring", "qlora", "engine"},
     "__init__": set(),
 }
-WITHOUT_TORCH = ("refusals", "recipes", "runs", "data", "scoring", "analysis", "run", "terminal", "lab")
+WITHOUT_TORCH = ("refusals", "recipes", "runs", "data", "scoring", "analysis", "run", "terminal", "lab", "docs")
 HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
 
@@ -148,7 +149,7 @@ def listed(paths) -> str:
     return "\n".join(f"{length(path):6} {name(path)}" for path in sorted(paths, key=length, reverse=True))
 
 
-@pytest.mark.parametrize(("folder", "budget"), [("src", 1750), ("src/engine", 1660), ("src/analysis", 1225)])
+@pytest.mark.parametrize(("folder", "budget"), [("src", 1835), ("src/engine", 1660), ("src/analysis", 1225)])
 def test_rooms_stay_within_their_budget(folder, budget):
     paths = sorted((ROOT / folder).glob("*.py"))
     lines = sum(map(length, paths))

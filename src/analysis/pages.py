@@ -179,7 +179,7 @@ def model_card(run, evaluation) -> str:
         recipe=recipe.model_dump(),
         local=(runs.ROOT / recipe.base_model).is_dir(),
         manifest=run.manifest,
-        source=data.source(recipe.data.dataset) if recipe.data.dataset in ("mts_dialog", "samsum") else None,
+        source=data.source(recipe.data.dataset) if recipe.data.dataset not in ("demo", "custom") else None,
         snippet=_snippet(run, evaluation, recipe),
         metrics=metrics,
         scores=[(c, *(tables.interval(s[c], tables.digits(c)) for s in (base, tuned))) for c in columns],
