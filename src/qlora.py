@@ -20,9 +20,15 @@ class ModelError(RuntimeError):
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda` or `cuda:1` as a torch device. Raises ModelError when the GPU asked for is not there."""
+    """`auto`, `cpu`, `cuda` or `cuda:1` as a torch device; each process of torchrun has a GPU of its own.
+
+    Raises ModelError when the GPU asked for is not there.
+    """
+    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if name == "auto":
-        name = "cuda:0" if torch.cuda.is_available() else "cpu"
+        name = own if torch.cuda.is_available() else "cpu"
+    elif name == "cuda":
+        name = own
     try:
         device = torch.device(name)
     except RuntimeError:

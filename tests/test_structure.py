@@ -25,6 +25,7 @@ MAY_IMPORT = {  # room or file of src: what of src it may import beside itself
     "lab": {"runs"},
     "docs": {"recipes", "runs"},
     "try_it": {"recipes", "runs", "data", "prompts", "qlora", "engine", "analysis"},  # marks in a terminal
+    "gpus": {"recipes", "runs", "data", "prompts", "scoring", "qlora", "engine", "terminal"},
     "takehome": {"runs"},
     "metrics": set(),
     "engine": set(),
@@ -149,7 +150,7 @@ def listed(paths) -> str:
     return "\n".join(f"{length(path):6} {name(path)}" for path in sorted(paths, key=length, reverse=True))
 
 
-@pytest.mark.parametrize(("folder", "budget"), [("src", 1835), ("src/engine", 1660), ("src/analysis", 1225)])
+@pytest.mark.parametrize(("folder", "budget"), [("src", 2055), ("src/engine", 1715), ("src/analysis", 1225)])
 def test_rooms_stay_within_their_budget(folder, budget):
     paths = sorted((ROOT / folder).glob("*.py"))
     lines = sum(map(length, paths))

@@ -3,6 +3,7 @@
 A row is a mapping with input_ids and labels, two lists of one length. Labels are IGNORE where the loss does not look.
 """
 
+import math
 import random
 
 import torch
@@ -19,27 +20,41 @@ class StepSampler:
 
     Rows are shuffled by (seed, epoch) and cut into steps, the same ones on every machine. The rows of a step are dealt
     into passes of similar size (packed) or of similar length (padded). The last step of an epoch may hold fewer rows.
+    Where `ranks` processes share a step, each makes as many passes and this gives those of one `rank`: a pass is empty
+    where there are fewer rows than passes.
     """
 
-    def __init__(self, lengths: list[int], rows_per_step: int, passes: int, seed: int, packed: bool):
+    def __init__(self, lengths: list[int], rows_per_step: int, passes: int, seed: int, packed: bool, rank=0, ranks=1):
         self.lengths, self.rows_per_step, self.passes = lengths, rows_per_step, passes
-        self.seed, self.packed, self.epoch = seed, packed, 0
+        self.seed, self.packed, self.epoch, self.rank, self.ranks = seed, packed, 0, rank, ranks
 
     def set_epoch(self, epoch: int):
         self.epoch = epoch
 
     def __len__(self) -> int:
         whole, rest = divmod(len(self.lengths), self.rows_per_step)
-        return whole * self.passes + min(rest, self.passes)
+        return whole * self.passes + min(math.ceil(rest / self.ranks), self.passes)
 
     def __iter__(self):
-        order = list(range(len(self.lengths)))
-        random.Random(f"{self.seed}-{self.epoch}").shuffle(order)
-        for start in range(0, len(order), self.rows_per_step):
-            step = order[start : start + self.rows_per_step]
-            lengths, count = [self.lengths[i] for i in step], min(self.passes, len(step))
-            for part in bins(lengths, count) if self.packed else runs(lengths, count):
+        for step in steps(len(self.lengths), self.rows_per_step, self.seed, self.epoch):
+            lengths, count = [self.lengths[i] for i in step], min(self.passes, math.ceil(len(step) / self.ranks))
+            parts = bins(lengths, count * self.ranks) if self.packed else runs(lengths, count * self.ranks)
+            for part in parts[self.rank :: self.ranks]:
                 yield [step[i] for i in part]
+
+
+def steps(rows: int, rows_per_step: int, seed: int, epoch: int) -> list[list[int]]:
+    """The numbers of the rows of every optimizer step of an epoch, which depend on nothing else."""
+    order = list(range(rows))
+    random.Random(f"{seed}-{epoch}").shuffle(order)
+    return [order[start : start + rows_per_step] for start in range(0, rows, rows_per_step)]
+
+
+def tokens_until(step: int, lengths: list[int], rows_per_step: int, seed: int) -> int:
+    """Tokens of all rows (as often as they were trained on) of the first `step` optimizer steps of a training."""
+    epochs, rest = divmod(step, math.ceil(len(lengths) / rows_per_step))
+    begun = steps(len(lengths), rows_per_step, seed, epochs)[:rest]
+    return epochs * sum(lengths) + sum(lengths[i] for rows in begun for i in rows)
 
 
 def bins(lengths: list[int], count: int) -> list[list[int]]:

@@ -48,7 +48,8 @@ class SampleAnswers(TrainerCallback):
         self.shown, self.score = len(self.rows) if shown is None else shown, score
 
     def on_evaluate(self, args, state, control, model=None, metrics=None, **kwargs):
-        answers = decode.generate(model, self.tokenizer, self.rows, self.generation, args.seed, progress=False)
+        share = {"rank": args.process_index, "ranks": args.world_size}
+        answers = decode.generate(model, self.tokenizer, self.rows, self.generation, args.seed, progress=False, **share)
         if self.score:
             found = self.score([a["prediction"] for a in answers], [row["answer_text"] for row in self.rows])
             found = {f"eval_{name}": value for name, value in found.items()}
@@ -57,6 +58,8 @@ class SampleAnswers(TrainerCallback):
         for row, answer in list(zip(self.rows, answers, strict=True))[: self.shown]:
             reference, text, step = row["answer_text"], answer["prediction"], state.global_step
             state.log_history.append({"step": step, "id": row["id"], "reference": reference, "sample": text})
+            if not state.is_world_process_zero:
+                continue
             print(f"step {step}, row {row['id']}\n  reference: {reference}\n  generated: {text}", flush=True)
 
 
@@ -67,6 +70,8 @@ class LogFile(TrainerCallback):
         self.path = path
 
     def on_log(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
         temporary = self.path.with_name(f".{self.path.name}.tmp")
         temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in state.log_history), "utf-8")
         temporary.replace(self.path)

@@ -6,7 +6,7 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import send_to_device
+from accelerate.utils import gather_object, send_to_device
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
@@ -23,11 +23,14 @@ FREE = {*SAMPLING, "max_new_tokens", "min_new_tokens", "eos_token_id", "pad_toke
 
 
 @torch.inference_mode()
-def generate(model, tokenizer, rows, generation, seed=0, batch_size=None, label="", progress=True, keep=None):
+def generate(
+    model, tokenizer, rows, generation, seed=0, batch_size=None, label="", progress=True, keep=None, rank=0, ranks=1
+):
     """Answer every prompt of `rows`, as many at a time as memory holds, longest first.
 
     rows: a dataset with id, prompt_ids and cut_tokens. generation: a GenerationConfig. seed: of sampling. keep: where
     answers are kept (keep.found, {row number: answer}; keep.add(such) after every batch); these rows are not generated.
+    rank, ranks: of the processes that all call this and share the rows; each returns all answers.
 
     Returns, in the order of `rows`: {"id", "prediction", "tokens", "stop", "prompt_tokens", "cut_tokens"}. `tokens`
     counts new tokens with EOS, `stop` is "eos" or "length" (max_new_tokens reached). Prompt ids are dropped before
@@ -38,13 +41,14 @@ def generate(model, tokenizer, rows, generation, seed=0, batch_size=None, label=
     config = complete(generation, tokenizer, model)
     decode = _decode_flat if unpadded(model, config) else _decode_padded
     lengths, found = [len(row["prompt_ids"]) for row in rows], dict(keep.found) if keep else {}
-    waiting = [i for i in sorted(range(len(rows)), key=lambda i: -lengths[i]) if i not in found]
+    own = sorted(range(len(rows)), key=lambda i: -lengths[i])[rank::ranks]  # whatever is found: all share alike
+    waiting = [i for i in own if i not in found]
     bar = tqdm(
-        total=len(rows),
+        total=len(found) + len(waiting),
         initial=len(found),
         desc=f"generate {label}".strip(),
         unit="row",
-        disable=not progress,
+        disable=not progress or rank > 0,
         file=sys.stdout,
     )
     with bar, fused(model, available(model.device) and hasattr(model, "peft_config")):
@@ -74,6 +78,8 @@ def generate(model, tokenizer, rows, generation, seed=0, batch_size=None, label=
                     "engine.dequantize to 'off' or free the GPU; else train with a lower prompt.max_tokens."
                 )
     model.train(was_training)
+    if ranks > 1:
+        found = {i: answer for part in gather_object([found]) for i, answer in part.items()}
     return [found[i] for i in range(len(rows))]
 
 

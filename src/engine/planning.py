@@ -45,7 +45,7 @@ class Plan:
     rows_per_step: int
     steps: int  # optimizer steps
     packed: bool  # rows end to end; otherwise padded
-    passes: int  # forward passes an optimizer step
+    passes: int  # forward passes an optimizer step, of each process
     tokens: int  # of the largest pass, padding included
     checkpointing: bool  # activations are computed again in the backward pass instead of kept
     dequantized: bool  # 4-bit weights are turned into 16-bit ones (or two 8-bit copies) once, before training
@@ -53,6 +53,7 @@ class Plan:
     gib: float | None  # predicted peak of a GPU's memory
     minutes: float  # predicted time of training
     fp8: bool = False  # frozen products of fused layers in 8 bits
+    ranks: int = 1  # processes, one a GPU, that share every optimizer step
 
     def _repr_html_(self) -> str:
         rows = "".join(f"<tr><th>{key}</th><td>{value}</td></tr>" for key, value in asdict(self).items())
@@ -61,16 +62,16 @@ class Plan:
 
 def plan(
     config, lora, quantization, arguments, rows, device,
-    packing="auto", fused="auto", checkpointing="auto", memory_gib=None, tokens_per_pass=None, fp8="off",
+    packing="auto", fused="auto", checkpointing="auto", memory_gib=None, tokens_per_pass=None, fp8="off", ranks=None,
 ) -> Plan:  # fmt: skip
     """Plan how to train on these rows on this device, as fast as its memory allows.
 
     config: the base model's PretrainedConfig. lora, quantization, arguments: LoraConfig, BitsAndBytesConfig and
-    TrainingArguments. rows: a dataset with input_ids and labels. memory_gib, tokens_per_pass: at most. Raises PlanError
-    when not even the longest row fits, a target module is not in the model, lora.r is above its rank, warmup does not
-    end, or fp8 is asked for in vain.
+    TrainingArguments. rows: a dataset with input_ids and labels. memory_gib, tokens_per_pass: at most. ranks: how many
+    processes will share a step; None: as many as there are. Raises PlanError when not even the longest row fits, a
+    target module is not in the model, lora.r is above its rank, warmup does not end, or fp8 is asked for in vain.
     """
-    lengths = [len(ids) for ids in rows["input_ids"]]
+    lengths, ranks = [len(ids) for ids in rows["input_ids"]], ranks or arguments.world_size
     per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
     steps = math.ceil(arguments.num_train_epochs * math.ceil(len(lengths) / per_step))
     steps = arguments.max_steps if arguments.max_steps > 0 else steps
@@ -81,7 +82,7 @@ def plan(
         )
     dtype = quantization.bnb_4bit_compute_dtype
     packed = packing == "on" or (packing == "auto" and has_varlen(device, dtype))
-    waits = lora.lora_dropout > 0 and sum(lengths) / len(lengths) * per_step < DROPOUT_TOKENS
+    waits = lora.lora_dropout > 0 and sum(lengths) / len(lengths) * per_step / ranks < DROPOUT_TOKENS
     eight, on, in_4bit = fp8 == "on", checkpointing == "on", quantization.load_in_4bit
     is_fused = fused == "auto" and fuse.available(device) and (eight or not waits)
     if eight and not (is_fused and has_fp8(device, dtype)):
@@ -89,7 +90,7 @@ def plan(
             f"engine.fp8 is 'on': expected a GPU of compute capability 9.0 or more with Triton, bfloat16 and "
             f"engine.fused 'auto'; found {device.type}, {dtype}, fused {fused!r}. Set engine.fp8 to 'off'."
         )
-    first = Plan(len(lengths), per_step, steps, packed, 1, 0, on, in_4bit or eight, is_fused, None, 0.0, eight)
+    first = Plan(len(lengths), per_step, steps, packed, 1, 0, on, in_4bit or eight, is_fused, None, 0.0, eight, ranks)
     s, rate = shapes(config, lora), matmul_rate(device, dtype)
     if device.type != "cuda":
         return _cpu_plan(first, lengths, arguments.seed, tokens_per_pass, s, rate)
@@ -98,7 +99,7 @@ def plan(
     answers = [sum(label != IGNORE for label in labels) for labels in rows["labels"]]
     # of a pass's tokens: halfway between the share in the whole set and that of the longest answer in the longest row
     supervised = (sum(answers) / sum(lengths) + max(answers) / max(lengths)) / 2
-    mean = sum(lengths) / len(lengths) * min(per_step, len(lengths))  # tokens of a step
+    mean = sum(lengths) / len(lengths) * min(per_step, len(lengths)) / ranks  # tokens of a step, of one process
 
     def need(p: Plan) -> int:
         return sum(memory(p, math.ceil(p.tokens * supervised), s, quantization, lora).values())
@@ -128,7 +129,7 @@ def plan(
 def _cpu_plan(first: Plan, lengths, seed, most, s: dict, rate: float) -> Plan:
     """The number of passes that computes fewest tokens, with padding and the cost of launching a pass as tokens."""
     found = []
-    for passes in range(1, min(first.rows_per_step, len(lengths)) + 1):
+    for passes in range(1, min(math.ceil(first.rows_per_step / first.ranks), len(lengths)) + 1):
         sizes = _pass_sizes(replace(first, passes=passes), lengths, seed)
         if max(sizes) <= max(most or math.inf, max(lengths)):
             found.append((sum(sizes) + CPU_PASS * len(sizes), passes, max(sizes)))
@@ -225,8 +226,9 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 def with_passes(p: Plan, lengths: list[int], seed: int, budget: int) -> Plan:
     """The plan with the fewest passes a step that keep within `budget` tokens. A longer row passes alone."""
-    fewest = max(1, math.ceil(p.rows_per_step * sum(lengths) / len(lengths) / budget))
-    for passes in range(min(fewest, p.rows_per_step), p.rows_per_step + 1):
+    fewest = max(1, math.ceil(p.rows_per_step * sum(lengths) / len(lengths) / p.ranks / budget))
+    most = math.ceil(p.rows_per_step / p.ranks)
+    for passes in range(min(fewest, most), most + 1):
         p = replace(p, passes=passes)
         p = replace(p, tokens=max(_pass_sizes(p, lengths, seed)))
         if p.tokens <= max(budget, max(lengths)):
@@ -235,14 +237,14 @@ def with_passes(p: Plan, lengths: list[int], seed: int, budget: int) -> Plan:
 
 
 def _pass_sizes(p: Plan, lengths: list[int], seed: int) -> list[int]:
-    """Tokens of every forward pass of the training, padding included."""
-    sampler, sizes = StepSampler(lengths, p.rows_per_step, p.passes, seed, p.packed), []
-    per_epoch = math.ceil(len(lengths) / p.rows_per_step)
-    for epoch in range(math.ceil(p.steps / per_epoch)):
+    """Tokens of every forward pass of the training, padding included, of all processes."""
+    sizes, per_epoch = [], math.ceil(len(lengths) / p.rows_per_step)
+    for rank, epoch in itertools.product(range(p.ranks), range(math.ceil(p.steps / per_epoch))):
+        sampler = StepSampler(lengths, p.rows_per_step, p.passes, seed, p.packed, rank, p.ranks)
         sampler.set_epoch(epoch)
         passes = itertools.islice(sampler, (p.steps - epoch * per_epoch) * p.passes)
         passes = ([lengths[i] for i in rows] for rows in passes)
-        sizes += [sum(own) if p.packed else max(own) * len(own) for own in passes]
+        sizes += [sum(own) if p.packed else max(own, default=0) * len(own) for own in passes]
     return sizes
 
 

@@ -6,7 +6,8 @@ import os
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import send_to_device
+from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import gather_object, send_to_device, set_seed
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState
 
@@ -64,6 +65,8 @@ class FastTrainer(Trainer):
         if plan.packed and not rows_stay_apart(model):
             kind = type(model.get_base_model()).__name__
             raise PlanError(f"Layers of {kind} look across the rows of a packed batch: set engine.packing to 'off'.")
+        # one plan for all processes: that of the one with the least memory
+        plan = max(gather_object([plan]), key=lambda p: (p.checkpointing, not p.dequantized, p.passes))
         self.plan, self.failed_plans, self.quantized, self.progress = plan, [], {}, Progress()
         self.rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
         self.lengths = [len(ids) for ids in train_dataset["input_ids"]]
@@ -77,6 +80,7 @@ class FastTrainer(Trainer):
             remove_unused_columns=False,
             accelerator_config={"non_blocking": on_cuda},  # batches reach a GPU without stopping it
             restore_callback_states_from_checkpoint=True,  # how long early stopping has waited
+            ddp_find_unused_parameters=False,
         )
         if args.n_gpu > 1:
             args._n_gpu = 1  # the model lies on one; the Trainer would wrap a 16-bit one in DataParallel
@@ -94,34 +98,47 @@ class FastTrainer(Trainer):
         return round(torch.cuda.max_memory_allocated(device) / 2**30, 3) if device.type == "cuda" else None
 
     def collate(self, rows) -> dict:
+        rows = rows or [{"input_ids": [self.pad_id] * 2, "labels": [batches.IGNORE] * 2}]  # nothing to do in this pass
         return batches.pack(rows) if self.plan.packed else batches.pad(rows, self.pad_id)
 
     def get_train_dataloader(self):
-        plan, pinned = self.plan, self.args.device.type == "cuda"
-        sampler = batches.StepSampler(self.lengths, self.rows_per_step, plan.passes, self.args.seed, plan.packed)
+        plan, args, pinned = self.plan, self.args, self.args.device.type == "cuda"
+        share = args.process_index, args.world_size
+        sampler = batches.StepSampler(self.lengths, self.rows_per_step, plan.passes, args.seed, plan.packed, *share)
         loader = DataLoader(self.train_dataset, batch_sampler=sampler, collate_fn=self.collate, pin_memory=pinned)
-        return self.accelerator.prepare(loader)
+        # as for one process: the sampler has shared the rows out
+        return prepare_data_loader(loader, args.device, 1, 0, put_on_device=True, non_blocking=pinned)
 
     def floating_point_ops(self, inputs) -> int:
         return 0  # counted over all parameters at every step otherwise, and read by nobody
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        self.state.num_input_tokens_seen += inputs["tokens"]
-        return summed_loss(model, inputs)[0] / num_items_in_batch
+        """The loss of a pass, of which the mean over the processes is summed over a step: the step's mean a token."""
+        if model is not self.model:  # DistributedDataParallel, whose own walks are as long
+            vars(model).update({name: vars(self.model)[name] for name in ("parameters", "zero_grad", "train")})
+        return summed_loss(model, inputs)[0] / num_items_in_batch * self.args.world_size
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Return and log the mean cross-entropy (nats) of a supervised token."""
         parts = validation_batches(eval_dataset or self.eval_dataset, self.plan.tokens)
         self.model.eval()
         with torch.inference_mode(), self.compute_loss_context_manager():
-            sums = [summed_loss(self.model, self.collate(part)) for part in parts]
-        metrics = {f"{metric_key_prefix}_loss": sum(loss.item() for loss, _ in sums) / sum(n for _, n in sums)}
+            own = parts[self.args.process_index :: self.args.world_size]
+            sums = [summed_loss(self.model, self.collate(part)) for part in own]
+        sums = [sum(loss.item() for loss, _ in sums), sum(n for _, n in sums)]
+        loss, count = self.accelerator.reduce(torch.tensor(sums, dtype=torch.float64, device=self.args.device)).tolist()
+        metrics = {f"{metric_key_prefix}_loss": loss / count}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def log(self, logs: dict, start_time=None):
-        """Log losses only, with tokens (real ones since the start), seconds, tokens_per_second and peak_gib beside."""
+        """Log losses only, with tokens (real ones since the start), seconds, tokens_per_second and peak_gib beside.
+
+        tokens are those of all processes, peak_gib is this one's.
+        """
+        until = self.state.global_step, self.lengths, self.rows_per_step, self.args.seed
+        self.state.num_input_tokens_seen = batches.tokens_until(*until)
         if not {"loss", "eval_loss"} & set(logs):
             return
         wrong = [name for name in ("loss", "eval_loss", "grad_norm") if not math.isfinite(logs.get(name, 0.0))]
@@ -143,7 +160,15 @@ class FastTrainer(Trainer):
         super().log(row, start_time)
 
     def train(self, resume_from_checkpoint: str | None = None):
-        """Train from args.seed's first weights or go on from a checkpoint, with a smaller plan when memory runs out."""
+        """Train from args.seed's first weights or go on from a checkpoint, with a smaller plan when memory runs out.
+
+        In one process of several (torchrun), all call this: each computes its share of every step.
+        """
+        if self.plan.ranks != self.args.world_size:
+            raise PlanError(
+                f"The plan is for {self.plan.ranks} processes, and this is one of {self.args.world_size}: plan again "
+                "with `ranks` left out, or start as many by torchrun."
+            )
         self.progress.checkpoint = resume_from_checkpoint
         while True:
             checkpoint = self.progress.checkpoint
@@ -152,6 +177,8 @@ class FastTrainer(Trainer):
                 renew_adapter(self.model, self.args.seed)
             elif self._was_done(checkpoint):
                 return None
+            if self.args.process_index:
+                set_seed(self.args.seed, device_specific=True)  # dropout of its own
             result = self._attempt(checkpoint)
             if result is not None:
                 return result
@@ -159,7 +186,10 @@ class FastTrainer(Trainer):
 
     def _attempt(self, checkpoint: str | None):
         """Train as the plan says. Return None if the GPU's memory does not hold that."""
-        base, device = self.model.get_base_model(), self.model.device
+        base, device, self.model_wrapped = self.model.get_base_model(), self.model.device, self.model
+        frozen = [name for name, p in self.model.named_parameters() if not p.requires_grad]
+        frozen += [name for name, _ in self.model.named_buffers()]
+        self.model._ddp_params_and_buffers_to_ignore = frozen  # every process has loaded them: nothing to send
         if self.plan.dequantized and not self.quantized and not self.plan.fp8:
             self.quantized = weights.dequantize(self.model, keep=True)
         if self.plan.checkpointing:
@@ -170,6 +200,12 @@ class FastTrainer(Trainer):
             with fused(self.model, self.plan.fused, self.plan.fp8, self.plan.dequantized), short_walks(self.model):
                 return super().train(resume_from_checkpoint=checkpoint)
         except torch.OutOfMemoryError:
+            if self.args.world_size > 1:  # the others wait for this one's gradients
+                raise PlanError(
+                    f"The memory of {device} does not hold {self.plan.tokens} tokens a forward pass. Set "
+                    f"engine.tokens_per_pass to {self.plan.tokens // 2} and start again: it goes on from the last "
+                    "checkpoint."
+                ) from None
             return None
         finally:
             if self.plan.checkpointing:

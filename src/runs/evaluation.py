@@ -73,16 +73,21 @@ class Evaluation:
         """Whether every row is answered by both systems, so that no model is needed."""
         return all(len(self.keep(system).found) == self.config["rows"] for system in SYSTEMS)
 
-    def keep(self, system: str) -> Answers:
-        """The kept answers of a system: of the batches that a stopped process finished, or of a finished evaluation."""
-        path, found, spent = self.folder / f".answers-{system}.json", {}, {}
-        if path.is_file():
+    def keep(self, system: str, rank: int = 0) -> Answers:
+        """The kept answers of a system: of the batches that a stopped process finished, or of a finished evaluation.
+
+        rank: of the process that adds to them, which writes a file of its own; it takes as long as the slowest.
+        """
+        name, found, spent = f".answers-{system}", {}, {}
+        path = self.folder / f"{name}{f'.{rank}' if rank else ''}.json"
+        for kept in sorted(self.folder.glob(f"{name}.*json")):
             try:
-                spent = read_sealed(path, "03_evaluate")
-                found = {int(row): answer for row, answer in spent.pop("answers").items()}
+                part = read_sealed(kept, "03_evaluate")
+                found |= {int(row): answer for row, answer in part.pop("answers").items()}
+                spent = {key: max(filter(None, (value, spent.get(key))), default=value) for key, value in part.items()}
             except files.Damage as error:
-                print(f"{error} It was set aside as {files.relative(files.set_aside(path))}.")
-        elif (self.folder / "metrics.json").is_file():
+                print(f"{error} It was set aside as {files.relative(files.set_aside(kept))}.")
+        if not found and (self.folder / "metrics.json").is_file():
             rows, spent = self.predictions[system], self.metrics["answered"][system]
             found = {n: {"id": row["id"]} | {key: row[key] for key in ANSWER} for n, row in enumerate(rows)}
         return Answers(path, found, spent)
@@ -112,7 +117,8 @@ class Evaluation:
         made = {"inputs": self.config["inputs"], "answered": spent, "sha256": sums}
         path = write_sealed(self.folder / "metrics.json", names | metrics | made)
         for system in SYSTEMS:
-            (self.folder / f".answers-{system}.json").unlink(missing_ok=True)
+            for kept in self.folder.glob(f".answers-{system}.*json"):
+                kept.unlink()
         locks.release(self.folder)
         return path
 

@@ -32,6 +32,7 @@ def measured(trainer) -> dict:
         "peak_gib": getattr(trainer, "peak_gib", None),
         "optim": identity.plain(trainer.args.optim),
         "parameters": {"trainable": trainable, "total": total},
+        "processes": trainer.args.world_size,  # one a GPU; no part of what the run is
         "plan": asdict(plan) if plan else None,
         "plans_out_of_memory": [asdict(p) for p in getattr(trainer, "failed_plans", [])],
         **environment(model.device),

@@ -581,6 +581,7 @@ def test_the_plan_of_a_cpu_trains(load, arguments, rows, tokenizer, quantization
 )  # fmt: skip
 def test_a_loss_that_is_no_number_stops_and_names_the_last_checkpoint(logs, fp16, message):
     state, progress = SimpleNamespace(global_step=7), SimpleNamespace(checkpoint="c-5")
-    stand_in = SimpleNamespace(args=SimpleNamespace(fp16=fp16), state=state, progress=progress)
+    args = SimpleNamespace(fp16=fp16, seed=0)
+    stand_in = SimpleNamespace(args=args, state=state, progress=progress, lengths=[5, 6], rows_per_step=1)
     with pytest.raises(TrainingError, match=message):
         FastTrainer.log(stand_in, logs)

@@ -1,0 +1,197 @@
+"""Several processes train and answer one run: real ones, started by torchrun, over gloo on the CPU."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import GenerationConfig
+
+from src import data, engine, gpus, prompts, qlora, recipes, runs
+from src.engine import batches
+
+ROOT = runs.ROOT
+STEPS = 24
+OVERRIDES = {  # nine rows, four a step: the third step of an epoch has one row, so one of two processes has none
+    "base_model": "models/tiny", "device": "cpu", "data.train_rows": 9, "training.max_steps": STEPS,
+    "training.eval_steps": 2, "training.per_device_train_batch_size": 4, "training.sample_rows": 3,
+    "training.learning_rate": 1e-3, "training.keep_checkpoints": True, "generation.max_new_tokens": 8,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory, tiny_model):
+    """A repository with src, the tiny model and the demo's first rows, prepared as 01 does it."""
+    root = tmp_path_factory.mktemp("repository")
+    shutil.copytree(ROOT / "src", root / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(tiny_model, root / "models" / "tiny")
+    (root / "data" / "demo").mkdir(parents=True)
+    for split, count in {"train": 12, "validation": 5, "test": 7}.items():
+        lines = list(csv.reader((ROOT / "data" / "demo" / f"{split}.csv").open(encoding="utf-8", newline="")))
+        with (root / "data" / "demo" / f"{split}.csv").open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows(lines[: count + 1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "ROOT", root)
+        patch.chdir(root)
+        patch.setattr(engine.planning, "matmul_rate", lambda device, dtype: 1e11)
+        data.prepare(recipes.load("demo"))
+        yield root
+
+
+@pytest.fixture(scope="module")
+def alone(repository):
+    """The run as one process trains it, in a folder aside."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    gpus._train("demo", OVERRIDES)
+    torch.set_num_threads(threads)
+    return shutil.copytree(runs.find("demo").folder, repository / "alone")
+
+
+@pytest.fixture(scope="module")
+def killed(repository, alone):
+    """(the run as two processes left it when one of them was killed, the error that told so)."""
+    run = runs.find("demo")
+    for part in ("checkpoints", "adapter"):
+        shutil.rmtree(run.folder / part)
+    (run.folder / "manifest.json").unlink()
+    (run.folder / "train_log.jsonl").unlink()
+    killer = threading.Thread(target=kill_second, args=(run.checkpoints / "checkpoint-4" / "trainer_state.json",))
+    killer.start()
+    with pytest.raises(runs.RunError) as error:
+        gpus.train(run, 2)
+    killer.join()
+    return run, str(error.value), shutil.copytree(run.folder, repository / "killed")
+
+
+def kill_second(checkpoint: Path, seconds: float = 120):
+    """Kill the second process (RANK=1) of a training as soon as the checkpoint is there."""
+    until = time.monotonic() + seconds
+    while not checkpoint.is_file() and time.monotonic() < until:
+        time.sleep(0.005)
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words, variables = ((process / name).read_bytes().split(b"\0") for name in ("cmdline", "environ"))
+        except OSError:
+            continue
+        if b"src.gpus" in words and b"RANK=1" in variables and os.path.samefile(process / "cwd", runs.ROOT):
+            os.kill(int(process.name), signal.SIGKILL)
+
+
+def logged(folder: Path, what: str) -> dict[int, float]:
+    rows = map(json.loads, (folder / "train_log.jsonl").read_text("utf-8").splitlines())
+    return {row["step"]: row[what] for row in rows if what in row}
+
+
+def assert_same_run(found: Path, expected: Path):
+    for what in ("loss", "eval_loss", "grad_norm", "tokens", "sample"):
+        exact = what in ("tokens", "sample")
+        wanted = logged(expected, what)
+        assert logged(found, what) == (wanted if exact else pytest.approx(wanted, rel=1e-3))
+        assert len(wanted) == (STEPS if what in ("loss", "grad_norm", "tokens") else STEPS // 2)
+    weights = load_file(found / "adapter" / "adapter_model.safetensors")
+    for name, weight in load_file(expected / "adapter" / "adapter_model.safetensors").items():
+        torch.testing.assert_close(weights[name], weight, rtol=1e-2, atol=1e-4)
+
+
+def test_a_killed_process_ends_the_job_and_says_how_to_go_on(killed):
+    run, message, folder = killed
+    assert "of 2 processes number 1 was killed by signal 9" in message and "goes on from there" in message
+    assert not run.finished and (folder / "train_log.jsonl").is_file()
+
+
+def test_two_processes_that_go_on_after_a_kill_end_as_one_that_was_never_stopped(killed, alone, capfd):
+    run, _, _ = killed
+    started = max(int(path.name.rpartition("-")[2]) for path in run.checkpoints.glob("checkpoint-*"))
+    assert 0 < started < STEPS
+    gpus.train(run, 2)
+    assert_same_run(run.folder, alone)
+    assert run.manifest["processes"] == 2 and run.manifest["plan"]["ranks"] == 2
+    said = capfd.readouterr().out
+    assert said.count(f"step {STEPS}/{STEPS}: loss") == 1  # one process speaks
+    assert f"run {run.name}" in said
+
+
+def test_the_run_goes_on_with_another_number_of_processes(killed, alone):
+    run, _, folder = killed
+    shutil.rmtree(run.folder)
+    shutil.copytree(folder, run.folder)
+    gpus._train(run.name, {})
+    assert run.finished and run.manifest["processes"] == 1
+    assert_same_run(run.folder, alone)
+
+
+def test_two_processes_give_the_answers_of_one(repository, alone):
+    run = runs.find("demo")
+    recipe = run.recipe()
+    tokenizer = qlora.load_tokenizer(recipe)
+    records = data.load(recipe)
+    rows = prompts.build_all(records["evaluation"], tokenizer, recipe.prompt, records["train"])
+    generation = GenerationConfig(max_new_tokens=8, do_sample=True, temperature=0.7)
+    evaluation = runs.open_evaluation(run, recipe, rows, generation)
+    model = qlora.load_finetuned(run, recipe, tokenizer)
+    engine.dequantize(model)
+    expected = engine.generate(model, tokenizer, rows, generation, recipe.seed, progress=False)
+    first = dict(list(enumerate(expected))[:2])
+    evaluation.keep("finetuned").add(first)  # answered by one process before
+    gpus.answer(evaluation, recipe, 2)
+    assert len(list(evaluation.folder.glob(".answers-*.json"))) == 4  # a file a process and system
+    found = evaluation.keep("finetuned").found
+    assert [found[n] for n in range(7)] == expected and evaluation.answered
+    predictions = evaluation.save_predictions(records["evaluation"])
+    assert [row["prediction"] for row in predictions["finetuned"]] == [row["prediction"] for row in expected]
+    evaluation.save_metrics({})
+    assert not list(evaluation.folder.glob(".answers-*"))
+
+
+def test_a_run_that_its_recipe_does_not_make_is_refused(repository, alone, capsys):
+    run = runs.find("demo")
+    other = shutil.copytree(run.folder, run.folder.with_name("demo-00000000"))
+    try:
+        assert gpus.main(["train", other.name]) == 1
+    finally:
+        shutil.rmtree(other)
+    said = capsys.readouterr().err
+    assert f"This trainer makes {run.name}, not demo-00000000" in said and "NUM_GPUS = 1" in said
+
+
+@pytest.mark.parametrize(("rows", "passes", "packed"), [(9, 1, True), (9, 2, False), (16, 2, True), (17, 3, True)])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_share_every_step_evenly_and_lose_no_row(rows, passes, packed, ranks):
+    lengths = [10 + 7 * n % 13 for n in range(rows)]
+    sampler = [batches.StepSampler(lengths, 8, passes, 5, packed, rank, ranks) for rank in range(ranks)]
+    shares = [list(own) for own in sampler]
+    assert [len(own) for own in sampler] == [len(share) for share in shares] == [len(shares[0])] * ranks
+    for number, step in enumerate(batches.steps(rows, 8, 5, 0)):
+        parts = [part for share in shares for part in share[number * passes : (number + 1) * passes]]
+        assert sorted(i for part in parts for i in part) == sorted(step)
+    sums = [sum(lengths[i] for part in share[:passes] for i in part) for share in shares]
+    assert max(sums) - min(sums) <= (max(lengths) if packed else 3 * max(lengths))
+
+
+def test_tokens_are_counted_over_epochs():
+    lengths = [1, 10, 100, 1000, 10000]
+    first, second, third = batches.steps(5, 2, 7, 1)
+    assert batches.tokens_until(4, lengths, 2, 7) == 11111 + sum(lengths[i] for i in first)
+    assert batches.tokens_until(6, lengths, 2, 7) == 22222 and len(third) == 1
+
+
+def test_torchrun_reports_who_ended_first():
+    report = "Root Cause (first observed failure):\n[0]:\n  rank      : 3 (local_rank: 1)\n  exitcode  : 1 (pid: 7)\n"
+    assert gpus._first([report]) == "number 3 ended with code 1 (see above)"
+    assert gpus._first(["nothing"]) == "one ended early (see above)"
+
+
+def test_more_processes_than_gpus_is_told(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(qlora.ModelError, match="device is 'cuda:3', and this machine shows torch 2"):
+        qlora.resolve_device("auto")
