@@ -27,6 +27,9 @@ browser: .venv/installed  ## run every notebook in JupyterLab in Chromium (apt i
 	$(BIN)/pip install --quiet --disable-pip-version-check -r tests/requirements.txt
 	$(BIN)/python -m pytest tests/test_browser.py
 
+links: .venv/installed  ## write the repository's address into badges and links: make links REPOSITORY=owner/name
+	$(BIN)/python -m src.docs '$(REPOSITORY)'
+
 check: .venv/installed  ## lint and formatting, notebooks included
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -47,4 +50,4 @@ notebooks: .venv/installed  ## run all notebooks in a copy of this folder, then 
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-.PHONY: help demo run try lab test browser check notebooks
+.PHONY: help demo run try lab test browser links check notebooks

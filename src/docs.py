@@ -1,12 +1,21 @@
-"""Texts that a program writes: `python -m src.docs` makes src/recipes/README.md from the comments of src/recipes.py."""
+"""Texts that a program writes: the page of recipe fields, and the repository's address in badges and links.
+
+`python -m src.docs` makes src/recipes/README.md from the comments of src/recipes.py; `python -m src.docs OWNER/NAME`
+(`make links`) writes the address too.
+"""
 
 import ast
 import io
+import json
+import re
+import sys
 import tokenize
 from pathlib import Path
 
 from src import recipes, runs
 
+COLAB = "https://colab.research.google.com"
+BADGE = r"\[!\[Open in Colab\]\([^)]*\)\]\([^)]*\)"
 FIELDS = runs.ROOT / "src" / "recipes" / "README.md"
 HEAD = """# Recipes, field by field
 
@@ -72,10 +81,60 @@ def _values(schema: dict) -> str:
     return f"{kind}, {f'{low} to {high}' if high else f'{low} or more'}" if low or high else kind
 
 
-def main():
+def links(repository: str) -> list[Path]:
+    """Write "owner/name" into notebooks (badge, what Colab clones), README.md's table and CITATION.cff; return them.
+
+    An address that stands there is replaced. Raises ValueError if it is no owner/name, or has no place in a file.
+    """
+    if not re.fullmatch(r"[\w-]+/[\w.-]+", repository, re.ASCII):
+        raise ValueError(f"REPOSITORY is {repository!r}: expected owner/name, as in make links REPOSITORY=owner/name.")
+    address, written = f"https://github.com/{repository}", {}
+
+    def badge(path: str) -> str:
+        return f"[![Open in Colab]({COLAB}/assets/colab-badge.svg)]({COLAB}/github/{repository}/blob/main/{path})"
+
+    def put(path: Path, text: str, pattern: str, new: str):
+        """Replace the one place that matches; `new` may name groups."""
+        changed, count = re.subn(pattern, new, text, flags=re.M)
+        if count != 1:
+            raise ValueError(f"{runs.relative(path)}: {count} places for the address, expected 1 ({pattern}).")
+        return changed
+
+    notebooks = sorted((runs.ROOT / "notebooks").glob("*.ipynb"))
+    for path in [*notebooks, runs.ROOT / "benchmarks" / "t4_proof.ipynb"]:
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        first, setup = (next(c for c in notebook["cells"] if c["cell_type"] == kind) for kind in ("markdown", "code"))
+        shown = badge(runs.relative(path))
+        for cell, pattern, new in (
+            (first, rf"^(# .*)$(\n\n{BADGE})?", rf"\1\n\n{shown}"),
+            (setup, r'^REPOSITORY = ".*?"', f'REPOSITORY = "{address}"'),
+        ):
+            cell["source"] = put(path, "".join(cell["source"]), pattern, new).splitlines(keepends=True)
+        written[path] = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+    readme, citation = runs.ROOT / "README.md", runs.ROOT / "CITATION.cff"
+    written[readme] = readme.read_text(encoding="utf-8")
+    for path in notebooks:
+        row = rf"^(\| \[{path.stem}\]\([^)]*\))( {BADGE})?"
+        written[readme] = put(readme, written[readme], row, rf"\1 {badge(runs.relative(path))}")
+    text = citation.read_text(encoding="utf-8")
+    written[citation] = put(
+        citation, text, r"^(license: .*)(\nrepository-code: .*)?", rf"\1\nrepository-code: {address}"
+    )
+    for path, text in written.items():  # all or none
+        runs.write_atomic(path, text)
+    return list(written)
+
+
+def main(arguments: list[str]) -> int:
     runs.write_atomic(FIELDS, fields())
-    print(f"wrote {runs.relative(FIELDS)}")
+    try:
+        written = [FIELDS, *(links(arguments[0]) if arguments else [])]
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f"wrote {', '.join(map(runs.relative, written))}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

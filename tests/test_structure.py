@@ -24,6 +24,7 @@ MAY_IMPORT = {  # room or file of src: what of src it may import beside itself
     "terminal": {"runs"},
     "lab": {"runs"},
     "docs": {"recipes", "runs"},
+    "colab": set(),
     "try_it": {"recipes", "runs", "data", "prompts", "qlora", "engine", "analysis"},  # marks in a terminal
     "gpus": {"recipes", "runs", "data", "prompts", "scoring", "qlora", "engine", "terminal"},
     "takehome": {"runs"},
@@ -33,7 +34,19 @@ MAY_IMPORT = {  # room or file of src: what of src it may import beside itself
     "published": {"recipes", "runs", "data", "prompts", "scoring", "qlora", "engine"},
     "__init__": set(),
 }
-WITHOUT_TORCH = ("refusals", "recipes", "runs", "data", "scoring", "analysis", "run", "terminal", "lab", "docs")
+WITHOUT_TORCH = (
+    "refusals",
+    "recipes",
+    "runs",
+    "data",
+    "scoring",
+    "analysis",
+    "run",
+    "terminal",
+    "lab",
+    "docs",
+    "colab",
+)
 HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
 
@@ -150,7 +163,7 @@ def listed(paths) -> str:
     return "\n".join(f"{length(path):6} {name(path)}" for path in sorted(paths, key=length, reverse=True))
 
 
-@pytest.mark.parametrize(("folder", "budget"), [("src", 2055), ("src/engine", 1715), ("src/analysis", 1225)])
+@pytest.mark.parametrize(("folder", "budget"), [("src", 2210), ("src/engine", 1715), ("src/analysis", 1225)])
 def test_rooms_stay_within_their_budget(folder, budget):
     paths = sorted((ROOT / folder).glob("*.py"))
     lines = sum(map(length, paths))
