@@ -45,6 +45,14 @@ TRAIN = {  # setup: overrides of samsum_best; rows a step, steps, and what limit
         "engine.checkpointing": "on",
         "engine.fp8": "on",
     },
+    "ours_batch_3_graphs": {ROWS: 3, "training.max_steps": 300, "engine.graphs": "on"},
+    "ours_batch_3_dropout_graphs": {
+        ROWS: 3,
+        "training.max_steps": 300,
+        "engine.graphs": "on",
+        "lora.lora_dropout": 0.1,
+    },
+    "ours_batch_16_graphs": {ROWS: 16, "training.max_steps": 120, "engine.graphs": "on"},
     "ours_plain_layers": {ROWS: 54, "training.max_steps": 15, "engine.fused": "off"},
     "ours_padded": {ROWS: 54, "training.max_steps": 15, "engine.packing": "off"},
     "ours_fp16": {ROWS: 54, "training.max_steps": 15, "quantization.bnb_4bit_compute_dtype": "float16"},
@@ -144,7 +152,7 @@ def train(folder: str, setup: str, part: str = "sample", overrides=None, warmup:
     from peft import get_peft_model
 
     from src import engine, qlora
-    from src.engine import planning
+    from src.engine import graphs, planning
 
     objects = setup_of(folder, TRAIN[setup] if overrides is None else overrides)
     recipe, device, quantization, lora, arguments = objects
@@ -163,6 +171,8 @@ def train(folder: str, setup: str, part: str = "sample", overrides=None, warmup:
     trainer.train()
     trained = time.perf_counter()
     log = [row for row in trainer.state.log_history if "loss" in row]
+    if plan.graphs:
+        warmup = warmup or plan.steps // 2  # by then the usual sizes are recorded
     first = next(row for row in log if row["step"] >= (warmup or max(5, len(log) // 4)))
     tokens, seconds = log[-1]["tokens"] - first["tokens"], log[-1]["seconds"] - first["seconds"]
     mean = sum(map(len, encoded["input_ids"])) / len(encoded)
@@ -180,6 +190,8 @@ def train(folder: str, setup: str, part: str = "sample", overrides=None, warmup:
         "minutes": round((trained - loaded) / 60, 2),
         "load_seconds": round(loaded - start, 1),
         "first_steps_seconds": round(first["seconds"], 1),
+        "recorded": trainer.recorded,  # sizes of steps
+        "refused": graphs.refused,
         "losses": [row["loss"] for row in log[:: max(1, len(log) // 4)]],
         "retries": len(trainer.failed_plans),
         "plan": dataclasses.asdict(trainer.plan),
@@ -224,7 +236,7 @@ def cpu(setup: str) -> dict:
     }
 
 
-def answers_in(model, tokenizer, encoded, tokens: int) -> tuple[float, int]:
+def answers_in(model, tokenizer, encoded, tokens: int, graphs: bool = False) -> tuple[float, int]:
     """Seconds and new tokens of answering every prompt with exactly so many tokens."""
     import torch
     from transformers import GenerationConfig
@@ -234,7 +246,7 @@ def answers_in(model, tokenizer, encoded, tokens: int) -> tuple[float, int]:
     exactly = GenerationConfig(max_new_tokens=tokens, min_new_tokens=tokens)
     torch.cuda.synchronize()
     start = time.perf_counter()
-    answers = engine.generate(model, tokenizer, encoded, exactly, progress=False)
+    answers = engine.generate(model, tokenizer, encoded, exactly, progress=False, graphs=graphs)
     torch.cuda.synchronize()
     return time.perf_counter() - start, sum(a["tokens"] for a in answers)
 
@@ -258,12 +270,12 @@ def generate(folder: str, setup: str) -> dict:
     model, tokenizer = loaded_model(folder, {})
     if "4bit" not in setup and engine.dequantized_fits(model):
         engine.dequantize(model)
-    encoded = rows("test")
-    answers_in(model, tokenizer, encoded.select(range(8)), 64)  # warm-up
+    encoded, graphs = rows("test"), "graphs" in setup
+    answers_in(model, tokenizer, encoded.select(range(8)), 64, graphs)  # warm-up
     torch.cuda.reset_peak_memory_stats()
     with model.disable_adapter():
-        base, new = answers_in(model, tokenizer, encoded, 64)
-    tuned, _ = answers_in(model, tokenizer, encoded, 64)
+        base, new = answers_in(model, tokenizer, encoded, 64, graphs)
+    tuned, _ = answers_in(model, tokenizer, encoded, 64, graphs)
     return {
         "setup": setup,
         "ours": True,

@@ -411,7 +411,7 @@ def test_the_changed_values_cover_every_field_and_are_no_default():
 def test_every_field_of_a_recipe_arrives_under_its_own_name(name):
     recipe = recipes.load(name)
     found = arrived(recipe)
-    assert found == expected(recipe) and len(found) == 4 + 4 + 15 + 10 + 6
+    assert found == expected(recipe) and len(found) == 4 + 4 + 15 + 10 + 7
 
 
 @pytest.mark.parametrize("excluded", [BEAMS, SAMPLING])  # beams and sampling exclude each other

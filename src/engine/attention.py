@@ -13,10 +13,10 @@ from transformers.masking_utils import sdpa_mask
 ATTENTION = "varlen"  # the name under which transformers finds `varlen_attention`; see `register`
 
 
-def has_varlen(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> bool:
+def has_varlen(device: torch.device, dtype: torch.dtype = torch.bfloat16, least=(8, 0)) -> bool:
     """Whether torch's variable-length flash attention runs here: on CUDA from compute capability 8.0, in 16 bits."""
     fits = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
-    return fits and torch.cuda.get_device_capability(device) >= (8, 0)
+    return fits and torch.cuda.get_device_capability(device) >= least
 
 
 def varlen_attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs):

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from src.engine.attention import flat_rows
 
+EVAL_ROWS = 16  # in a forward pass of the validation loss, at most
 IGNORE = -100  # the label of a token that is not supervised (PyTorch's cross_entropy default)
 
 
@@ -89,6 +90,31 @@ def pack(rows) -> dict:
     flat = flat_rows([i for row in rows for i in row["input_ids"]], [len(row["input_ids"]) for row in rows])
     labels = [label for row in rows for label in [IGNORE, *row["labels"][1:]]]  # no row predicts the next one's first
     return flat | _supervise(torch.tensor([labels]), rows)
+
+
+def validation_batches(rows, tokens: int) -> list[list]:
+    """Rows of similar length, at most EVAL_ROWS together and no more than `tokens` with padding; one row at least."""
+    found = []
+    for row in sorted(rows, key=lambda row: len(row["input_ids"])):
+        size = len(found[-1]) + 1 if found else 0
+        if not found or size > EVAL_ROWS or size * len(row["input_ids"]) > tokens:
+            found.append([])
+        found[-1].append(row)
+    return found
+
+
+def pack_to(rows, multiple: int, count: int, positions: int) -> dict:
+    """`pack` with the shapes of other steps: so many positions and `count` rows, of a multiple of so many tokens.
+
+    Rows without labels are added (one at least), and positions without a target. Loss and gradients stay the same.
+    """
+    missing, own = count - len(rows), sum(len(row["input_ids"]) for row in rows)
+    size = multiple * -(-(own + missing) // multiple)
+    empty = [{"input_ids": [0] * n, "labels": [IGNORE] * n} for n in [1] * (missing - 1) + [size - own - missing + 1]]
+    found = pack([*rows, *empty])
+    more = (0, positions - len(found["positions"]))
+    found["positions"], found["targets"] = F.pad(found["positions"], more), F.pad(found["targets"], more, value=IGNORE)
+    return found | {"max_length_q": size, "max_length_k": size, "tokens": own}
 
 
 def _supervise(labels: torch.Tensor, rows) -> dict:

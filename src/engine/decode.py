@@ -1,6 +1,7 @@
 """Batched decoding: one answer a row, in the order of the rows, the same whatever the batch."""
 
 import copy
+import functools
 import itertools
 import sys
 
@@ -15,7 +16,9 @@ from transformers.generation import logits_process
 from src.engine import weights
 from src.engine.attention import flat_rows, has_varlen, rows_stay_apart
 from src.engine.fuse import available, fused
+from src.engine.graphs import record
 
+CHECK, HALF = 8, 0.5  # recorded steps between two looks at who has ended; ended rows stay until so many are left
 PREFILL = 16384  # prompt tokens read in one forward pass, about
 SAMPLING = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0}  # transformers' defaults
 OTHERS = dict(num_beams=1, early_stopping=False, length_penalty=1.0, no_repeat_ngram_size=0, repetition_penalty=1.0)
@@ -24,8 +27,9 @@ FREE = {*SAMPLING, "max_new_tokens", "min_new_tokens", "eos_token_id", "pad_toke
 
 @torch.inference_mode()
 def generate(
-    model, tokenizer, rows, generation, seed=0, batch_size=None, label="", progress=True, keep=None, rank=0, ranks=1
-):
+    model, tokenizer, rows, generation, seed=0, batch_size=None, label="", progress=True, keep=None, graphs=False,
+    rank=0, ranks=1,
+):  # fmt: skip
     """Answer every prompt of `rows`, as many at a time as memory holds, longest first.
 
     rows: a dataset with id, prompt_ids and cut_tokens. generation: a GenerationConfig. seed: of sampling. keep: where
@@ -39,21 +43,16 @@ def generate(
     was_training, rows = model.training, list(rows)
     model.eval()
     config = complete(generation, tokenizer, model)
-    decode = _decode_flat if unpadded(model, config) else _decode_padded
+    flat = unpadded(model, config)
+    decode = functools.partial(_decode_flat, graphs=graphs) if flat else _decode_padded
     lengths, found = [len(row["prompt_ids"]) for row in rows], dict(keep.found) if keep else {}
     own = sorted(range(len(rows)), key=lambda i: -lengths[i])[rank::ranks]  # whatever is found: all share alike
-    waiting = [i for i in own if i not in found]
-    bar = tqdm(
-        total=len(found) + len(waiting),
-        initial=len(found),
-        desc=f"generate {label}".strip(),
-        unit="row",
-        disable=not progress or rank > 0,
-        file=sys.stdout,
-    )
+    waiting, quiet = [i for i in own if i not in found], not progress or rank > 0
+    shown = {"desc": f"generate {label}".strip(), "unit": "row", "disable": quiet, "file": sys.stdout}
+    bar = tqdm(total=len(found) + len(waiting), initial=len(found), **shown)
     with bar, fused(model, available(model.device) and hasattr(model, "peft_config")):
         while waiting:
-            size = batch_size or fitting(model, [lengths[i] for i in waiting], config, decode is _decode_flat)
+            size = batch_size or fitting(model, [lengths[i] for i in waiting], config, flat)
             chosen = waiting[:size]
             draw = SeededSampling(config, chosen, seed) if config.do_sample else None
             try:
@@ -181,8 +180,11 @@ class FlatCache(DynamicCache):
         return {"past_key_values": self, "use_cache": True, "cu_seq_lens_k": begin.int(), "seqused_k": used.int()}
 
 
-def _decode_flat(model, prompts: list[list[int]], config, draw, bar) -> list[list[int]]:
-    """New token ids of each prompt. Unlike transformers' `generate`, computes no padding, and no row after its EOS."""
+def _decode_flat(model, prompts: list[list[int]], config, draw, bar, graphs: bool) -> list[list[int]]:
+    """New token ids of each prompt. Unlike transformers' `generate`, computes no padding, and no row after its EOS.
+
+    Recorded, a few rows are computed further for a while, as every number of rows needs a graph of its own.
+    """
     device, count = model.device, len(prompts)
     lengths = torch.tensor([len(p) for p in prompts])
     cache = FlatCache((lengths + config.max_new_tokens).to(device))
@@ -203,20 +205,27 @@ def _decode_flat(model, prompts: list[list[int]], config, draw, bar) -> list[lis
 
     rows, used, tokens = torch.arange(count, device=device), lengths.to(device), next_tokens(torch.cat(first), 0)
     found = torch.full((count, config.max_new_tokens), config.pad_token_id, device=device)
-    longest = int(lengths.max())
-    for step in range(1, config.max_new_tokens + 1):
-        found[rows, step - 1] = tokens
-        going = torch.isin(tokens, ends, invert=True)
-        rows, used, tokens = rows[going], used[going], tokens[going]
-        bar.update(len(going) - len(rows))
-        if not len(rows) or step == config.max_new_tokens:
-            break
-        if draw:
-            draw.generators = list(itertools.compress(draw.generators, going.tolist()))
+    going, longest, replay = torch.ones_like(rows, dtype=torch.bool), int(lengths.max()) + config.max_new_tokens, None
+    on = (torch.cuda.Stream(device), torch.cuda.graph_pool_handle()) if graphs and device.type == "cuda" else (None, 0)
+
+    def forward():
         each = torch.arange(len(rows) + 1, device=device, dtype=torch.int32)  # a query a row
         inputs = {"input_ids": tokens[None], "position_ids": used[None], "cu_seq_lens_q": each}
-        inputs |= {"max_length_q": 1, "max_length_k": longest + step}
-        inputs |= cache.stretch(rows, used + 1, cache.begin[rows] + used)
-        tokens = next_tokens(model(**inputs).logits[0], step)
-        used = used + 1
+        inputs |= {"max_length_q": 1, "max_length_k": longest}
+        return model(**inputs | cache.stretch(rows, used + 1, cache.begin[rows] + used)).logits[0]
+
+    for step in range(1, config.max_new_tokens + 1):
+        found[rows, step - 1] = tokens
+        going &= torch.isin(tokens, ends, invert=True)
+        left = len(rows) if graphs and step % CHECK else int(going.sum())
+        if not left or step == config.max_new_tokens:
+            break
+        if replay is None or left < len(rows) * (HALF if graphs else 1):
+            bar.update(len(rows) - left)
+            if draw:
+                draw.generators = list(itertools.compress(draw.generators, going.tolist()))
+            rows, used, tokens, going = (x[going] for x in (rows, used, tokens, going))
+            replay = record(forward, *on)
+        tokens.copy_(next_tokens(replay(), step))
+        used += 1
     return found.tolist()

@@ -67,12 +67,8 @@ def _factor_gradient(
 ):  # fmt: skip
     """One split's part: `share` tokens, a multiple of BT. Columns of x are rows of the product, which a GPU likes."""
     n, k, split = tl.program_id(0), tl.program_id(1) * BK + tl.arange(0, BK), tl.program_id(2)
-    j, seed, total, ranks = (
-        tl.arange(0, R),
-        tl.load(seeds + n),
-        tl.zeros((BK, R), tl.float32),
-        tl.num_programs(0) * rank,
-    )
+    j, seed, ranks = tl.arange(0, R), tl.load(seeds + n), tl.num_programs(0) * rank
+    total = tl.zeros((BK, R), tl.float32)
     for start in range(split * share, tl.minimum((split + 1) * share, tokens), BT):
         t = start + tl.arange(0, BT)
         at = x + t[None, :].to(tl.int64) * width + k[:, None]

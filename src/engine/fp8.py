@@ -11,12 +11,6 @@ from src.engine.elementwise import one_kernel
 E4M3, LARGEST = torch.float8_e4m3fn, 448.0
 
 
-def has_fp8(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether this device multiplies matrices of 8-bit numbers with a scale a row: from compute capability 9.0 on."""
-    fits = device.type == "cuda" and dtype == torch.bfloat16
-    return fits and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
 @one_kernel
 def quantize(x, by=None, *others):
     """(q, scale (T, 1)): x and others, side by side (T, width), times `by` (width,), are about q (e4m3) times scale."""

@@ -1,7 +1,7 @@
 """What fits, decided before the model is loaded: tokens a forward pass, passes a step, checkpointing, weight format.
 
-Memory is added up from the shapes of a model without weights, on torch's meta device. Time comes from the measured rate
-of matrix products. benchmarks/README.md holds predicted against measured.
+Memory is added up from a model's shapes, time from the measured rate of matrix products. benchmarks/README.md holds
+predicted against measured.
 """
 
 import itertools
@@ -11,18 +11,17 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
-from torch.utils.benchmark import Timer
 from transformers import AutoModelForCausalLM
 
 from src.engine import fuse, weights
 from src.engine.attention import has_varlen
 from src.engine.batches import IGNORE, StepSampler
-from src.engine.fp8 import has_fp8
+from src.engine.weights import matmul_rate
 
 TOKENS = 16384  # a forward pass above this gains no speed (measured on an H200)
 RESERVE = 0.95  # share of the free memory that a plan may fill: the rest is fragmentation
 WORKSPACE = 2**28  # bytes: cuBLAS workspaces, kernels' temporaries
-DROPOUT_TOKENS = 4000  # a step of fewer waits for launching the masks' kernels longer than for PEFT's own layers
+SHORT = 4000  # tokens: a step of fewer waits for the launching of kernels, and most with the masks' of fused dropout
 SHARE, SHARE_CHECKPOINTED = 0.66, 0.72  # of the matrix-product rate that training reaches with every layer fused
 FP8 = 1.4  # training with 8-bit products is so many times as fast as with 16-bit ones (expected, H100)
 SHARE_PLAIN = 0.45  # the same where layers run through PEFT's own forward
@@ -54,6 +53,7 @@ class Plan:
     minutes: float  # predicted time of training
     fp8: bool = False  # frozen products of fused layers in 8 bits
     ranks: int = 1  # processes, one a GPU, that share every optimizer step
+    graphs: bool = False  # steps are recorded as CUDA graphs
 
     def _repr_html_(self) -> str:
         rows = "".join(f"<tr><th>{key}</th><td>{value}</td></tr>" for key, value in asdict(self).items())
@@ -62,7 +62,8 @@ class Plan:
 
 def plan(
     config, lora, quantization, arguments, rows, device,
-    packing="auto", fused="auto", checkpointing="auto", memory_gib=None, tokens_per_pass=None, fp8="off", ranks=None,
+    packing="auto", fused="auto", checkpointing="auto", memory_gib=None, tokens_per_pass=None, fp8="off", graphs="off",
+    ranks=None,
 ) -> Plan:  # fmt: skip
     """Plan how to train on these rows on this device, as fast as its memory allows.
 
@@ -72,9 +73,8 @@ def plan(
     target module is not in the model, lora.r is above its rank, warmup does not end, or fp8 is asked for in vain.
     """
     lengths, ranks = [len(ids) for ids in rows["input_ids"]], ranks or arguments.world_size
-    per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
-    steps = math.ceil(arguments.num_train_epochs * math.ceil(len(lengths) / per_step))
-    steps = arguments.max_steps if arguments.max_steps > 0 else steps
+    per_step, steps = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps, arguments.max_steps
+    steps = steps if steps > 0 else math.ceil(arguments.num_train_epochs * math.ceil(len(lengths) / per_step))
     if 1 <= arguments.warmup_steps >= steps and arguments.lr_scheduler_type != "constant":
         raise PlanError(
             f"training.warmup_steps is {arguments.warmup_steps:g}, and {len(lengths)} rows make {steps} optimizer "
@@ -82,15 +82,22 @@ def plan(
         )
     dtype = quantization.bnb_4bit_compute_dtype
     packed = packing == "on" or (packing == "auto" and has_varlen(device, dtype))
-    waits = lora.lora_dropout > 0 and sum(lengths) / len(lengths) * per_step / ranks < DROPOUT_TOKENS
-    eight, on, in_4bit = fp8 == "on", checkpointing == "on", quantization.load_in_4bit
-    is_fused = fused == "auto" and fuse.available(device) and (eight or not waits)
-    if eight and not (is_fused and has_fp8(device, dtype)):
+    short, eight, in_4bit = (
+        sum(lengths) / len(lengths) * per_step / ranks < SHORT,
+        fp8 == "on",
+        quantization.load_in_4bit,
+    )
+    triton, half = fuse.available(device), dtype == torch.bfloat16
+    recorded = packed and triton and half and ranks == 1 and graphs in ("on", "auto" if short else "on")
+    waits = lora.lora_dropout > 0 and short and not (eight or recorded)
+    is_fused, on = fused == "auto" and triton and not waits, checkpointing == "on"
+    if eight and not (is_fused and half and has_varlen(device, dtype, (9, 0))):
         raise PlanError(
-            f"engine.fp8 is 'on': expected a GPU of compute capability 9.0 or more with Triton, bfloat16 and "
-            f"engine.fused 'auto'; found {device.type}, {dtype}, fused {fused!r}. Set engine.fp8 to 'off'."
+            "engine.fp8 is 'on': expected a GPU of compute capability 9.0, Triton, bfloat16, engine.fused 'auto'; "
+            f"found {device.type}, {dtype}, fused {fused!r}. Set engine.fp8 to 'off'."
         )
-    first = Plan(len(lengths), per_step, steps, packed, 1, 0, on, in_4bit or eight, is_fused, None, 0.0, eight, ranks)
+    machine = (on, in_4bit or eight, is_fused, None, 0.0, eight, ranks, recorded)
+    first = Plan(len(lengths), per_step, steps, packed, 1, 0, *machine)
     s, rate = shapes(config, lora), matmul_rate(device, dtype)
     if device.type != "cuda":
         return _cpu_plan(first, lengths, arguments.seed, tokens_per_pass, s, rate)
@@ -116,7 +123,8 @@ def plan(
                 p = replace(p, gib=round(need(p) / 2**30, 1), minutes=round(seconds / 60, 1))
                 found.append(((seconds, p.passes, p.tokens, checkpointed, dequantized), p))
     if found:
-        return min(found)[1]
+        p = min(found)[1]
+        return replace(p, graphs=p.graphs and p.passes == 1 and not p.checkpointing and p.dequantized >= in_4bit)
     least = replace(first, checkpointing=True, dequantized=False, tokens=max(lengths))
     least = sum(memory(least, max(answers), s, quantization, lora).values()) / 2**30
     raise PlanError(
@@ -140,14 +148,13 @@ def _cpu_plan(first: Plan, lengths, seed, most, s: dict, rate: float) -> Plan:
 
 def _seconds(p: Plan, tokens: float, rate: float, s: dict, quantization) -> float:
     fast = SHARE_CHECKPOINTED if p.checkpointing else SHARE
-    share = fast if p.fused and s["all layers"] else SHARE_PLAIN
-    share *= FP8 if p.fp8 else 1
+    share = (fast if p.fused and s["all layers"] else SHARE_PLAIN) * (FP8 if p.fp8 else 1)
     seconds = tokens * (6 if p.checkpointing else 4) * s["linear"] / rate / share
     in_4bit = quantization.load_in_4bit and not p.dequantized
     if in_4bit:  # read 4 bits, write 16, every pass
         seconds += p.steps * p.passes * (3 if p.checkpointing else 2) * 2.5 * s["linear"] / DEQUANTIZE
     launch = (LAUNCH_4BIT if in_4bit else LAUNCH_PLAIN) * (1.4 if p.checkpointing else 1) * s["layers"] / 32
-    return max(seconds, p.steps * p.passes * launch)
+    return seconds if p.graphs else max(seconds, p.steps * p.passes * launch)
 
 
 def shapes(config, lora) -> dict:
@@ -207,21 +214,12 @@ def memory(p: Plan, supervised: int, s: dict, quantization, lora) -> dict[str, i
         activations = s["layers"] * 2 * tokens * h + max(layer + 2 * tokens * 4 * i, logits)
     return {
         "weights": int(s["linear"] * (weight + 2 * eight) + s["other"] * 2),
-        "adapter": 18 * s["adapter"],  # float32 weight, gradient and two moments, a 16-bit copy
+        "adapter": (22 if p.graphs else 18) * s["adapter"],  # float32 weight, gradient, two moments; 16-bit copy
         "activations": activations,
         "logits": 0 if p.checkpointing else logits,
         "dequantised layer": 0 if plain else (8 if p.fp8 else 2) * s["largest"],
         "workspace": WORKSPACE,
     }
-
-
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP a second of a square matrix product, measured in a few hundredths of a second."""
-    n, repeats = (8192, 8) if device.type == "cuda" else (1024, 6)
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    timer = Timer("a @ b", globals={"a": a, "b": b}, num_threads=torch.get_num_threads())
-    with torch.cuda.device(device.index if device.type == "cuda" else -1):  # the timer waits for the current one
-        return 2 * n**3 / timer.timeit(repeats).median
 
 
 def with_passes(p: Plan, lengths: list[int], seed: int, budget: int) -> Plan:
@@ -250,6 +248,7 @@ def _pass_sizes(p: Plan, lengths: list[int], seed: int) -> list[int]:
 
 def smaller(p: Plan, lengths: list[int], seed: int) -> Plan | None:
     """The plan after running out of memory: half the tokens a pass; then 4-bit weights; then checkpointing; or None."""
+    p = replace(p, graphs=False)
     halved = with_passes(p, lengths, seed, p.tokens // 2)
     if halved.passes > p.passes:
         return halved

@@ -15,10 +15,9 @@ from src.engine import batches, weights
 from src.engine.attention import rows_stay_apart
 from src.engine.callbacks import Progress, short_walks
 from src.engine.fuse import fused
+from src.engine.graphs import StepGraphs
 from src.engine.lora import checkpoint_contexts
 from src.engine.planning import Plan, PlanError, smaller
-
-EVAL_ROWS = 16  # in a forward pass of the validation loss, at most
 
 
 class TrainingError(RuntimeError):
@@ -32,17 +31,6 @@ def summed_loss(model, inputs: dict) -> tuple[torch.Tensor, int]:
     del inputs["labels"], inputs["tokens"]
     logits = model(**inputs, logits_to_keep=positions, use_cache=False).logits
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum"), count
-
-
-def validation_batches(rows, tokens: int) -> list[list]:
-    """Rows of similar length, at most EVAL_ROWS together and no more than `tokens` with padding; one row at least."""
-    found = []
-    for row in sorted(rows, key=lambda row: len(row["input_ids"])):
-        size = len(found[-1]) + 1 if found else 0
-        if not found or size > EVAL_ROWS or size * len(row["input_ids"]) > tokens:
-            found.append([])
-        found[-1].append(row)
-    return found
 
 
 def renew_adapter(model, seed: int):
@@ -70,6 +58,8 @@ class FastTrainer(Trainer):
         self.plan, self.failed_plans, self.quantized, self.progress = plan, [], {}, Progress()
         self.rows_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
         self.lengths = [len(ids) for ids in train_dataset["input_ids"]]
+        answers = sorted(sum(label != batches.IGNORE for label in labels) for labels in train_dataset["labels"])
+        self.most_supervised, self.recorded = 64 * math.ceil(sum(answers[-self.rows_per_step :]) / 64), 0
         self.pad_id, on_cuda = processing_class.pad_token_id, model.device.type == "cuda"
         args = dataclasses.replace(
             args,
@@ -101,11 +91,18 @@ class FastTrainer(Trainer):
         rows = rows or [{"input_ids": [self.pad_id] * 2, "labels": [batches.IGNORE] * 2}]  # nothing to do in this pass
         return batches.pack(rows) if self.plan.packed else batches.pad(rows, self.pad_id)
 
+    def collate_step(self, rows) -> dict:
+        """`collate`, and one of few sizes where steps are recorded, of 128 tokens or a 24th of the largest step."""
+        if not self.plan.graphs:
+            return self.collate(rows)
+        multiple = 128 * math.ceil(self.plan.tokens / 24 / 128)
+        return batches.pack_to(rows, multiple, self.rows_per_step + 1, self.most_supervised)
+
     def get_train_dataloader(self):
         plan, args, pinned = self.plan, self.args, self.args.device.type == "cuda"
         share = args.process_index, args.world_size
         sampler = batches.StepSampler(self.lengths, self.rows_per_step, plan.passes, args.seed, plan.packed, *share)
-        loader = DataLoader(self.train_dataset, batch_sampler=sampler, collate_fn=self.collate, pin_memory=pinned)
+        loader = DataLoader(self.train_dataset, batch_sampler=sampler, collate_fn=self.collate_step, pin_memory=pinned)
         # as for one process: the sampler has shared the rows out
         return prepare_data_loader(loader, args.device, 1, 0, put_on_device=True, non_blocking=pinned)
 
@@ -118,9 +115,15 @@ class FastTrainer(Trainer):
             vars(model).update({name: vars(self.model)[name] for name in ("parameters", "zero_grad", "train")})
         return summed_loss(model, inputs)[0] / num_items_in_batch * self.args.world_size
 
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if not self.graphs:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        return self.graphs(inputs, num_items_in_batch)
+
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Return and log the mean cross-entropy (nats) of a supervised token."""
-        parts = validation_batches(eval_dataset or self.eval_dataset, self.plan.tokens)
+        parts = batches.validation_batches(eval_dataset or self.eval_dataset, self.plan.tokens)
         self.model.eval()
         with torch.inference_mode(), self.compute_loss_context_manager():
             own = parts[self.args.process_index :: self.args.world_size]
@@ -194,6 +197,8 @@ class FastTrainer(Trainer):
             self.quantized = weights.dequantize(self.model, keep=True)
         if self.plan.checkpointing:
             base.activation_checkpointing_enable({"use_reentrant": False, "context_fn": checkpoint_contexts})
+        loss = lambda inputs: summed_loss(self.model, inputs)[0]  # noqa: E731
+        self.graphs = StepGraphs(self.model, loss) if self.plan.graphs else None
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         try:
@@ -210,6 +215,8 @@ class FastTrainer(Trainer):
         finally:
             if self.plan.checkpointing:
                 base.activation_checkpointing_disable()
+            if self.graphs:
+                self.recorded, self.graphs = len(self.graphs.recorded), None  # their memory goes
 
     def _shrink(self):
         """Go on with the next smaller plan. Raises PlanError if there is none."""

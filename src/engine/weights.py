@@ -1,4 +1,4 @@
-"""4-bit weights turned into 16-bit ones and back, and what memory is free."""
+"""4-bit weights turned into 16-bit ones and back; what memory is free and how fast a device multiplies."""
 
 import functools
 
@@ -6,6 +6,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import nn
+from torch.utils.benchmark import Timer
 
 free_cuda = functools.partial(clear_device_cache, garbage_collection=True)  # gives unused memory back to the GPU
 
@@ -57,3 +58,12 @@ def free_bytes(device: torch.device) -> float:
     reserved = torch.cuda.memory_reserved(device)
     limit = total * torch.cuda.get_per_process_memory_fraction(device) - reserved
     return min(free, limit) + reserved - torch.cuda.memory_allocated(device)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP a second of a square matrix product, measured in a few hundredths of a second."""
+    n, repeats = (8192, 8) if device.type == "cuda" else (1024, 6)
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    timer = Timer("a @ b", globals={"a": a, "b": b}, num_threads=torch.get_num_threads())
+    with torch.cuda.device(device.index if device.type == "cuda" else -1):  # the timer waits for the current one
+        return 2 * n**3 / timer.timeit(repeats).median

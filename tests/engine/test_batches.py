@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from src.engine.batches import IGNORE, StepSampler, bins, pack, pad, runs
-from src.engine.trainer import EVAL_ROWS, summed_loss, validation_batches
+from src.engine.batches import EVAL_ROWS, IGNORE, StepSampler, bins, pack, pad, runs, validation_batches
+from src.engine.trainer import summed_loss
 from tests.engine.conftest import fill, pass_tokens, random_rows, trainable
 
 LENGTHS = [(7 * i) % 23 + 1 for i in range(22)]  # with 4 or 6 rows a step, the last step of an epoch is short

@@ -234,16 +234,29 @@ def test_asked_settings_are_kept(on_gpu):
     assert on_gpu(139, **short).fused and not on_gpu(139, config=lora(r=32, lora_dropout=0.1), **short).fused
 
 
-def test_fp8_is_planned_where_it_runs_and_refused_elsewhere(on_gpu, monkeypatch):
-    monkeypatch.setattr(planning, "has_fp8", lambda device, dtype: dtype == torch.bfloat16)
+def test_fp8_is_planned_where_it_runs_and_refused_elsewhere(on_gpu):
     fast, short = on_gpu(139, fp8="on"), {"lengths": (100, 180, 300) * 40, "config": lora(r=32, lora_dropout=0.1)}
     assert fast.fp8 and fast.fused and fast.dequantized
     assert on_gpu(139, fp8="on", tflops=10).minutes < on_gpu(139, tflops=10).minutes
     assert not on_gpu(139).fp8 and on_gpu(139, fp8="on", **short).fused
     assert not on_gpu(12, fp8="on").dequantized
-    for options in ({"fused": "off"}, {"triton": False}):
+    for options in ({"fused": "off"}, {"triton": False}, {"packed": False}):
         with pytest.raises(PlanError, match=r"engine.fp8 is 'on'.*found cuda, torch.bfloat16.*Set engine.fp8 to 'off'"):
             on_gpu(139, fp8="on", **options)
+
+
+def test_short_steps_are_recorded_where_that_is_asked_and_one_pass_of_16_bit_weights_holds_them(on_gpu):
+    short = {"lengths": (100, 180, 300) * 40}  # 3,093 tokens a step
+    assert on_gpu(139, graphs="auto", **short).graphs and on_gpu(139, graphs="on", **short).graphs
+    assert not on_gpu(139, **short).graphs and not on_gpu(139, graphs="auto").graphs and on_gpu(139, graphs="on").graphs
+    dropping = on_gpu(139, graphs="auto", config=lora(r=32, lora_dropout=0.1), **short)
+    assert dropping.graphs and dropping.fused  # nothing waits for launching the masks' kernels
+    assert dropping.gib - on_gpu(139, **short).gib == pytest.approx(4 * 83_886_080 / 2**30, abs=0.11)
+    for options in ({"triton": False}, {"checkpointing": "on"}, {"packing": "off"}, {"tokens_per_pass": 1400}):
+        assert not on_gpu(139, graphs="on", **options, **short).graphs, options
+    fours = on_gpu(12, graphs="on", **short)
+    assert not fours.dequantized and not fours.graphs
+    assert not planning.smaller(replace(dropping, passes=16), [100] * 120, 1).graphs
 
 
 def test_layers_that_are_fused_in_part_are_planned_as_plain_ones(on_gpu):
