@@ -20,6 +20,9 @@ lab: .venv/installed  ## open copies of the notebooks in JupyterLab (lab/, which
 	$(BIN)/python -m src.lab
 	$(BIN)/jupyter lab lab
 
+verify: .venv/installed  ## every hash and score of a run from its files again, or of all: make verify [RUN=demo-1a2b3c4d]
+	@$(BIN)/python -m src.verify "$$RUN"
+
 test: .venv/installed  ## all tests
 	$(BIN)/python -m pytest
 
@@ -50,4 +53,4 @@ notebooks: .venv/installed  ## run all notebooks in a copy of this folder, then 
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-.PHONY: help demo run try lab test browser links check notebooks
+.PHONY: help demo run try lab verify test browser links check notebooks

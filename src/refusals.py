@@ -5,6 +5,8 @@ import re
 
 from pydantic import AfterValidator
 
+FILLED = ("section", "Section", "SECTION", "dialogue", "summary")  # a name in braces that looks meant to be filled in
+
 
 def like(pattern: str, expected: str) -> AfterValidator:
     """A check of a text field: refuse what does not match as a whole."""
@@ -22,7 +24,7 @@ def conflicts(recipe, scored: tuple[str, ...]) -> list[str]:
     d, p, t, g = recipe.data, recipe.prompt, recipe.training, recipe.generation
     custom, files = d.dataset == "custom", [f for f in (d.train_file, d.validation_file, d.test_file) if f]
     rows, warmup = t.per_device_train_batch_size * t.gradient_accumulation_steps, t.warmup_steps
-    words = [word for word in re.findall(r"\{(\w+)\}", p.instruction) if word != "section"]
+    words = [word for word in re.findall(r"\{(\w+)\}", p.instruction) if word != "section" and closest(word, FILLED)]
     found = {
         "training.max_steps is 0: expected -1 (by epochs) or at least 1.": t.max_steps == 0,
         f"training.warmup_steps is {warmup}: expected whole steps, or a share of all steps below 1.": (

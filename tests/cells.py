@@ -9,7 +9,7 @@ CHANGED = {  # every field of these sections, at a value that is not its default
     "quantization.bnb_4bit_use_double_quant": False, "quantization.bnb_4bit_compute_dtype": "bfloat16",
     "lora.r": 3, "lora.lora_alpha": 7, "lora.lora_dropout": 0.25, "lora.target_modules": ["k_proj"],
     "training.num_train_epochs": 1.5, "training.max_steps": 11, "training.per_device_train_batch_size": 5,
-    "training.gradient_accumulation_steps": 6, "training.learning_rate": 0.125, "training.warmup_steps": 4.0,
+    "training.gradient_accumulation_steps": 6, "training.learning_rate": 0.125, "training.warmup_steps": 1.0,
     "training.lr_scheduler_type": "constant_with_warmup", "training.weight_decay": 0.5, "training.max_grad_norm": 0.75,
     "training.optim": "sgd", "training.eval_steps": 9, "training.early_stopping_patience": 2,
     "training.load_best_model_at_end": False, "training.metric_for_best_model": "rougeL", "training.sample_rows": 8,

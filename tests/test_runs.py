@@ -82,7 +82,7 @@ def opened(overrides=None, edits=None, rows=None, plain=False):
     edits: {word in a cell: (pattern, replacement)}: what a reader changes there. rows: changes the rows by hand.
     plain: transformers' own Trainer over the same objects, instead of the engine's.
     """
-    space = {"RECIPE": "demo", "OVERRIDES": OVERRIDES | (overrides or {})}
+    space = {"RECIPE": "demo", "OVERRIDES": OVERRIDES | (overrides or {}), "EXAMPLE_ROW": 0}
 
     def execute(*words):
         source = cell("02_train_qlora", *words)
@@ -542,6 +542,7 @@ def test_a_torn_log_or_checkpoint_does_not_keep_a_run_from_going_on(root):
     half = run.checkpoints / "checkpoint-10"
     half.mkdir()
     assert run.checkpoint().endswith("checkpoint-2") and not torn.exists() and not half.exists()
+    assert (run.folder / "checkpoint-3.damaged-1" / "trainer_state.json").read_text(encoding="utf-8") == '{"global_st'
     again = finish(opened({"training.max_steps": 4}))
     assert again == run and run.finished and run.manifest["steps"] == 4
     assert [row["step"] for row in run.log if "eval_loss" in row] == [1, 2, 3, 4]

@@ -25,6 +25,7 @@ MAY_IMPORT = {  # room or file of src: what of src it may import beside itself
     "lab": {"runs"},
     "docs": {"recipes", "runs"},
     "colab": set(),
+    "verify": {"runs", "scoring", "intervals"},
     "try_it": {"recipes", "runs", "data", "prompts", "qlora", "engine", "analysis"},  # marks in a terminal
     "gpus": {"recipes", "runs", "data", "prompts", "scoring", "qlora", "engine", "terminal"},
     "takehome": {"runs"},
@@ -46,6 +47,7 @@ WITHOUT_TORCH = (
     "lab",
     "docs",
     "colab",
+    "verify",
 )
 HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
@@ -163,7 +165,7 @@ def listed(paths) -> str:
     return "\n".join(f"{length(path):6} {name(path)}" for path in sorted(paths, key=length, reverse=True))
 
 
-@pytest.mark.parametrize(("folder", "budget"), [("src", 2210), ("src/engine", 1827), ("src/analysis", 1225)])
+@pytest.mark.parametrize(("folder", "budget"), [("src", 2320), ("src/engine", 1827), ("src/analysis", 1225)])
 def test_rooms_stay_within_their_budget(folder, budget):
     paths = sorted((ROOT / folder).glob("*.py"))
     lines = sum(map(length, paths))

@@ -65,7 +65,9 @@ OUT_OF_RANGE = {  # field: values, each refused beside what else it takes to act
     "data.validation_rows": [0, -5],
     "data.max_file_mb": [0, -1],
     "prompt.style": ["", "Plain", "instruct", "chatml"],
-    "prompt.instruction": ["a\0b", "\x1b[31mred", "{sectoin}", "{Section}", "{dialogue}", "{section} {x}", "{0}"],
+    "prompt.instruction": [
+        "a\0b", "\x1b[31mred", "{sectoin}", "{Section}", "{dialogue}", "{section} {sections}", "{sect}",
+    ],
     "prompt.cue": ["\0", "a\rb", "\x7f"],
     "prompt.max_tokens": [0, 31, -1, 10**6 + 1],
     "prompt.few_shot": [-1, 65],
@@ -288,7 +290,7 @@ def test_edge_values_that_can_train_are_planned(overrides):
 @pytest.mark.parametrize(
     "overrides",
     [
-        {"seed": 0}, {"seed": 2**32 - 1}, {"prompt.instruction": ""},
+        {"seed": 0}, {"seed": 2**32 - 1}, {"prompt.instruction": ""}, {"prompt.instruction": "{{.Prompt}} {x} {0}"},
         {"prompt.instruction": 'As {"json": 1}\n\t{section}'},
         {"prompt.cue": ""}, {"prompt.instruction": "\u202e</s>"}, {"device": "cuda"}, {"device": "cuda:7"},
         {"base_model": "/a b/c"}, {"base_model": "./my model"}, {"base_model": "C:\\models\\x"},

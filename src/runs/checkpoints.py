@@ -6,22 +6,45 @@ from pathlib import Path
 
 from src.runs import files
 
+SEAL = "checksums.json"  # of a checkpoint's files, written last
+
+
+def seal(trainer):
+    """Have a Trainer write, last in every checkpoint, the checksums of its files."""
+    from transformers import TrainerCallback  # loads torch
+
+    class Seal(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            if not state.is_world_process_zero or not folder.is_dir():
+                return
+            sums = files.checksums(folder)  # other processes may still be writing their random state
+            sums = {name: sha for name, sha in sums.items() if name != SEAL and not name.startswith("rng_state_")}
+            files.write_sealed(folder / SEAL, {"checkpoint": folder.name, "sha256": sums})
+
+    trainer.add_callback(Seal())
+
 
 def newest(folder: Path, aside: Path) -> Path | None:
     """The newest checkpoint of a folder that training can go on from; None if there is none.
 
-    One that a kill cut short is deleted. One whose best checkpoint is gone goes to `aside` under another name.
+    One that a kill cut short is deleted. One that was damaged since, or whose best checkpoint is gone, goes to `aside`
+    under another name.
     """
-    states = {}
+    states, earlier = {}, "training goes on from an earlier one, or anew."
     for path in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
-        try:  # the Trainer writes its state last
-            states[path] = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        if not any((path / name).is_file() for name in (SEAL, "trainer_state.json")):  # the last that are written
             shutil.rmtree(path)
+            continue
+        try:
+            files.check(path, SEAL, files.read_sealed(path / SEAL, "02_train_qlora"), "checkpoint")
+            states[path] = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (files.Damage, FileNotFoundError, ValueError) as error:
+            print(f"{error} It was set aside as {files.relative(files.set_aside(path, aside))}: {earlier}")
     for path, state in states.items():
         best = Path(state.get("best_model_checkpoint") or path).name
         if folder / best in states:
             return path
-        print(f"{files.relative(path)} needs {best}, which is gone: training goes on from an earlier one, or anew.")
+        print(f"{files.relative(path)} needs {best}, which is gone: {earlier}")
         files.set_aside(path, aside)
     return None

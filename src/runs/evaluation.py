@@ -22,8 +22,8 @@ class Answers:
     found: {row number: answer}, of this process or of one that was stopped. seconds: in which they were generated.
     """
 
-    def __init__(self, path: Path, found: dict[int, dict], spent: dict):
-        self.path, self.found, self.started = path, found, time.monotonic()
+    def __init__(self, path: Path, found: dict[int, dict], spent: dict, of: dict):
+        self.path, self.found, self.of, self.started = path, found, of, time.monotonic()
         self.spent = {"seconds": 0.0, "peak_gib": None} | spent
 
     def add(self, answers: dict[int, dict]):
@@ -32,7 +32,8 @@ class Answers:
         now = time.monotonic()
         self.spent["seconds"] = round(self.spent["seconds"] + now - self.started, 3)
         self.spent["peak_gib"], self.started = peak_gib(self.spent["peak_gib"]), now
-        write_sealed(self.path, {**self.spent, "answers": {str(row): self.found[row] for row in sorted(self.found)}})
+        answers = {str(row): self.found[row] for row in sorted(self.found)}
+        write_sealed(self.path, {"of": self.of, **self.spent, "answers": answers})
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Evaluation:
     def opened(self) -> str:
         """When 03 opened the evaluation last, as ISO text; "" where that is not known."""
         path = self.folder / ".opened"
-        return path.read_text(encoding="utf-8") if path.is_file() else ""
+        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
     @property
     def config(self) -> dict:
@@ -80,9 +81,12 @@ class Evaluation:
         """
         name, found, spent = f".answers-{system}", {}, {}
         path = self.folder / f"{name}{f'.{rank}' if rank else ''}.json"
+        of = {"run": self.run.name, "evaluation": self.name, "system": system}
         for kept in sorted(self.folder.glob(f"{name}.*json")):
             try:
                 part = read_sealed(kept, "03_evaluate")
+                if part.pop("of", None) != of:
+                    raise files.Damage(f"{files.relative(kept)} holds other answers than those of {of}.")
                 found |= {int(row): answer for row, answer in part.pop("answers").items()}
                 spent = {key: max(filter(None, (value, spent.get(key))), default=value) for key, value in part.items()}
             except files.Damage as error:
@@ -90,7 +94,7 @@ class Evaluation:
         if not found and (self.folder / "metrics.json").is_file():
             rows, spent = self.predictions[system], self.metrics["answered"][system]
             found = {n: {"id": row["id"]} | {key: row[key] for key in ANSWER} for n, row in enumerate(rows)}
-        return Answers(path, found, spent)
+        return Answers(path, found, spent, of)
 
     def save_predictions(self, records) -> dict[str, list[dict]]:
         """Write the kept answers of each system beside their records, {system: rows}; return them so."""
@@ -128,7 +132,9 @@ class Evaluation:
         Raises Damage, with the whole evaluation set aside under another name, when one is not what was written.
         """
         with locks.set_aside_if_damaged(self.folder, "03_evaluate"):
-            files.check(self.folder, self.metrics["sha256"])
+            files.check(self.folder, "metrics.json", self.metrics, "evaluation")
+            if self.metrics["run"] != self.run.name:
+                raise files.Damage(f"{files.relative(self.folder)} is of run {self.metrics['run']}.")
         return self
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import file_digest, sha256
 from pathlib import Path
@@ -108,13 +109,24 @@ def checksums(folder: Path, pattern: str = "*") -> dict[str, str]:
     return {path.name: sha256_file(path) for path in sorted(folder.glob(pattern)) if path.is_file()}
 
 
-def check(folder: Path, expected: dict[str, str]):
-    """Raise Damage unless these files of a folder have these sha256."""
+def differences(folder: Path, expected: dict[str, str]) -> Iterator[str]:
+    """A sentence for each of these files of a folder that has another sha256 than {name: sha256}."""
     for name, sha in expected.items():
         path = folder / name
         found = sha256_file(path) if path.is_file() else "no file"
         if found != sha:
-            raise Damage(f"{relative(path)} is not the file that was written: found {found}, expected sha256 {sha}.")
+            yield f"{relative(path)} is not the file that was written: found {found}, expected sha256 {sha}."
+
+
+def check(folder: Path, sealed: str, written: dict, kind: str):
+    """Raise Damage unless `written`, read from the sealed file of a folder, is this folder's and holds its checksums.
+
+    kind: the key under which it names the folder.
+    """
+    if written[kind] != folder.name:
+        raise Damage(f"{relative(folder / sealed)} is of {kind} {written[kind]}, expected {folder.name}.")
+    for difference in differences(folder, written["sha256"]):
+        raise Damage(difference)
 
 
 def set_aside(path: Path, beside: Path | None = None) -> Path:

@@ -39,7 +39,7 @@ class Run:
     def opened(self) -> str:
         """When 02 opened the run last, or finished it, as ISO text."""
         path = self.folder / ".opened"
-        return path.read_text(encoding="utf-8") if path.is_file() else self.manifest["finished"]
+        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else self.manifest["finished"]
 
     @property
     def config(self) -> dict:
@@ -89,7 +89,7 @@ class Run:
         if not self.finished:
             self.manifest  # noqa: B018  raises: run 02 first
         with locks.set_aside_if_damaged(self.folder, "02_train_qlora"):
-            files.check(self.folder, self.manifest["sha256"])
+            files.check(self.folder, "manifest.json", self.manifest, "run")
         return self
 
     def check_trainer(self, trainer):
@@ -181,6 +181,7 @@ def open(recipe, trainer, prompt_template: dict) -> Run:
         "prompt_template": prompt_template,
     }
     write_sealed(run.folder / "config.json", config)
+    checkpoints.seal(trainer)
     return run
 
 
@@ -202,7 +203,10 @@ def finished(recipe_name: str | None = None) -> list[Run]:
 
 
 def find(recipe_name: str, run: str = "latest", overrides: dict | None = None) -> Run:
-    """The run of that name; "latest": the newest finished run of the recipe that was trained with these `overrides`."""
+    """The run of that name; "latest": the newest finished run of the recipe that was trained with these `overrides`.
+
+    Raises Damage, with the run set aside, when one of its files is not what was written.
+    """
     known = finished(recipe_name if run == "latest" else None)
     if run == "latest":
         known = [candidate for candidate in known if _agrees(candidate, overrides or {})]
@@ -211,7 +215,7 @@ def find(recipe_name: str, run: str = "latest", overrides: dict | None = None) -
         wanted = f"named {run!r}"
         known = [candidate for candidate in known if candidate.name == run]
     if known:
-        return known[-1]
+        return known[-1].check()
     others = ", ".join(candidate.name for candidate in finished()) or "none"
     raise runs.RunError(
         f"No finished run {wanted} under outputs/: run notebooks/02_train_qlora.ipynb first. Found: {others}."
