@@ -1,6 +1,7 @@
 # `make` lists the targets.
 EXPERIMENT ?= demo
 OVERRIDES ?= {}
+GPUS ?= 1
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -10,8 +11,8 @@ help:  ## list the targets
 demo: .venv/installed  ## the whole chain on the embedded data and model: CPU, minutes, no network after the install
 	$(BIN)/python -m src.run demo
 
-run: .venv/installed  ## any recipe headless: make run EXPERIMENT=samsum OVERRIDES='{"lora.r": 8}'
-	$(BIN)/python -m src.run '$(EXPERIMENT)' '$(OVERRIDES)'
+run: .venv/installed  ## any recipe headless: make run EXPERIMENT=samsum OVERRIDES='{"lora.r": 8}' [GPUS=2]
+	$(BIN)/python -m src.run '$(EXPERIMENT)' '$(OVERRIDES)' '$(GPUS)'
 
 try: .venv/installed  ## base and fine-tuned summary of your own dialogue: make try FILE=chat.txt [SECTION=ALLERGY] [RUN=demo]
 	@$(BIN)/python -m src.try_it "$$FILE" "$$SECTION" "$$RUN"

@@ -12,9 +12,12 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from datetime import timedelta
 
 from src import recipes, runs
+
+ENDS = "ENDS_WITH_ITS_PARENT"  # in the environment of processes that a notebook starts
 
 
 def train(run: runs.Run, processes: int):
@@ -41,9 +44,10 @@ def _launch(words: list[str], processes: int, run: runs.Run):
     run.unlock()  # the first process takes it
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
     command = [*torchrun, "--nproc-per-node", str(processes), "--module", "src.gpus", *words]
-    said, quiet = [], {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PYTHONUNBUFFERED": "1"}
+    said, pipe = [], subprocess.PIPE
+    more = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PYTHONUNBUFFERED": "1", ENDS: "1"}
     with subprocess.Popen(
-        command, cwd=runs.ROOT, env=os.environ | quiet, text=True, errors="replace", stdout=subprocess.PIPE,
+        command, cwd=runs.ROOT, env=os.environ | more, text=True, errors="replace", stdin=pipe, stdout=pipe,
         stderr=subprocess.STDOUT,
     ) as child:  # fmt: skip
         try:
@@ -55,19 +59,22 @@ def _launch(words: list[str], processes: int, run: runs.Run):
             raise
     if child.returncode:
         raise runs.RunError(
-            f"{words[0]} {run.name}: of {processes} processes {_first(said)}, and the others were ended. What was "
-            "written before is whole: run this cell, or the same command, again and it goes on from there."
+            f"{words[0]} {run.name}: {_first(said)}, and the others were ended. What was written before is whole: run "
+            "this cell, or the same command, again and it goes on from there."
         )
 
 
 def _first(said: list[str]) -> str:
-    """Which process ended first and how, from torchrun's report."""
+    """Which process ended first and how, in its own words or in torchrun's report."""
+    own = next((line.strip().rstrip(".") for line in said if re.match(r"process \d+ of \d+: ", line)), None)
+    if own:
+        return own
     report = "".join(said).partition("Root Cause")[2]
     rank, code = re.search(r"rank +: (\d+)", report), re.search(r"exitcode +: (-?\d+)", report)
     if not (rank and code):
         return "one ended early (see above)"
     how = f"was killed by signal {-int(code[1])}" if int(code[1]) < 0 else f"ended with code {code[1]} (see above)"
-    return f"number {rank[1]} {how}"
+    return f"process {rank[1]} {how}"
 
 
 # --- what a process of torchrun does ----------------------------------------------------------------------------------
@@ -76,6 +83,8 @@ def _first(said: list[str]) -> str:
 def main(words: list[str]) -> int:
     from src import engine, qlora
 
+    if os.environ.get(ENDS):  # a kernel that is killed leaves none behind: its end of the pipe closes
+        threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
     number = f"process {os.environ.get('RANK', 0)} of {os.environ.get('WORLD_SIZE', 1)}"
     try:
         if words[:1] == ["train"] and len(words) in (2, 3):

@@ -1,4 +1,4 @@
-"""Runs notebooks 01 to 04 headless through papermill: `python -m src.run RECIPE [OVERRIDES as JSON]`."""
+"""Runs notebooks 01 to 04 headless through papermill: `python -m src.run RECIPE [OVERRIDES as JSON [GPUS]]`."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import sys
 from src import recipes, runs
 
 
-def run(name: str, overrides: dict | None = None) -> tuple[runs.Run, runs.Evaluation]:
+def run(name: str, overrides: dict | None = None, gpus: int = 1) -> tuple[runs.Run, runs.Evaluation]:
     """Run the chain for a recipe with overrides; the executed copies end up in outputs/<run>/notebooks."""
     recipes.load(name, overrides)  # a mistake is found here, before anything starts
     from src import terminal
@@ -17,14 +17,15 @@ def run(name: str, overrides: dict | None = None) -> tuple[runs.Run, runs.Evalua
     shutil.rmtree(executed, ignore_errors=True)
     executed.mkdir(parents=True)
     parameters = {"RECIPE": name, "OVERRIDES": overrides or {}}
+    shared = parameters | {"NUM_GPUS": gpus}  # between GPUs
     training = terminal.Training()
     try:
         _execute("01_prepare_data", executed, parameters)
         with training:
-            _execute("02_train_qlora", executed, parameters)
+            _execute("02_train_qlora", executed, shared)
         trained = runs.find(name)
         print(f"== run {trained.name}", flush=True)
-        _execute("03_evaluate", executed, parameters | {"RUN": trained.name})
+        _execute("03_evaluate", executed, shared | {"RUN": trained.name})
         evaluation = runs.find_evaluation(trained)
         _execute("04_compare", executed, parameters | {"RUN": trained.name, "EVALUATION": evaluation.name})
     except KeyboardInterrupt:
@@ -54,11 +55,12 @@ def _execute(notebook: str, folder, parameters: dict):
 
 
 def main(arguments: list[str]) -> int:
-    if not 1 <= len(arguments) <= 2:
-        print("usage: python -m src.run RECIPE ['{\"lora.r\": 8}']")
+    gpus = arguments[2] if len(arguments) == 3 else "1"
+    if not 1 <= len(arguments) <= 3 or not gpus.isdecimal() or int(gpus) < 1:
+        print("usage: python -m src.run RECIPE ['{\"lora.r\": 8}' [GPUS, a number]]")
         return 2
     try:
-        overrides = json.loads(arguments[1], object_pairs_hook=_once) if len(arguments) == 2 else {}
+        overrides = json.loads(arguments[1], object_pairs_hook=_once) if len(arguments) > 1 else {}
         recipes.load(arguments[0], overrides)  # a mistake is told before papermill is imported, which takes seconds
     except recipes.RecipeError as error:
         print(error, file=sys.stderr)
@@ -71,7 +73,7 @@ def main(arguments: list[str]) -> int:
         )
         return 1
     try:
-        trained, evaluation = _told(arguments[0], overrides)
+        trained, evaluation = _told(arguments[0], overrides, int(gpus))
     except KeyboardInterrupt as stop:
         print(f"\nStopped. The same command goes on {stop or 'from the start'}.", file=sys.stderr)
         return 130
@@ -91,12 +93,12 @@ def _once(pairs: list[tuple]) -> dict:
     return found
 
 
-def _told(name: str, overrides: dict) -> tuple[runs.Run | None, runs.Evaluation | None]:
+def _told(name: str, overrides: dict, gpus: int) -> tuple[runs.Run | None, runs.Evaluation | None]:
     """`run`, with the errors that a person can mend in one line on stderr, and (None, None) returned."""
     from papermill.exceptions import PapermillExecutionError
 
     try:
-        return run(name, overrides)
+        return run(name, overrides, gpus)
     except runs.RunError as error:
         print(error, file=sys.stderr)
     except PapermillExecutionError as error:

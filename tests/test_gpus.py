@@ -5,17 +5,24 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
+from torch.testing import assert_close
 from transformers import GenerationConfig
 
 from src import data, engine, gpus, prompts, qlora, recipes, runs
+from src import run as run_chain
 from src.engine import batches
+from tests.cells import cell
+from tests.test_runs import opened
 
 ROOT = runs.ROOT
 STEPS = 24
@@ -96,23 +103,28 @@ def assert_same_run(found: Path, expected: Path):
         wanted = logged(expected, what)
         assert logged(found, what) == (wanted if exact else pytest.approx(wanted, rel=1e-3))
         assert len(wanted) == (STEPS if what in ("loss", "grad_norm", "tokens") else STEPS // 2)
-    weights = load_file(found / "adapter" / "adapter_model.safetensors")
-    for name, weight in load_file(expected / "adapter" / "adapter_model.safetensors").items():
-        torch.testing.assert_close(weights[name], weight, rtol=1e-2, atol=1e-4)
+    weights = [load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (found, expected)]
+    assert_close(*weights, rtol=1e-2, atol=1e-4)
 
 
 def test_a_killed_process_ends_the_job_and_says_how_to_go_on(killed):
     run, message, folder = killed
-    assert "of 2 processes number 1 was killed by signal 9" in message and "goes on from there" in message
+    assert f"train {run.name}: process 1 was killed by signal 9" in message and "goes on from there" in message
     assert not run.finished and (folder / "train_log.jsonl").is_file()
 
 
-def test_two_processes_that_go_on_after_a_kill_end_as_one_that_was_never_stopped(killed, alone, capfd):
+def test_the_notebook_goes_on_after_a_kill_and_ends_as_one_process_that_was_never_stopped(killed, alone, capfd):
     run, _, _ = killed
     started = max(int(path.name.rpartition("-")[2]) for path in run.checkpoints.glob("checkpoint-*"))
     assert 0 < started < STEPS
-    gpus.train(run, 2)
+    space = opened(OVERRIDES) | {"NUM_GPUS": 2}
+    assert space["run"] == run
+    exec(cell("02_train_qlora", "trainer.train("), space)
     assert_same_run(run.folder, alone)
+    trained = get_peft_model_state_dict(space["model"])
+    assert_close(
+        trained, load_file(run.adapter / "adapter_model.safetensors"), rtol=0, atol=0
+    )  # as after training here
     assert run.manifest["processes"] == 2 and run.manifest["plan"]["ranks"] == 2
     said = capfd.readouterr().out
     assert said.count(f"step {STEPS}/{STEPS}: loss") == 1  # one process speaks
@@ -128,20 +140,23 @@ def test_the_run_goes_on_with_another_number_of_processes(killed, alone):
     assert_same_run(run.folder, alone)
 
 
-def test_two_processes_give_the_answers_of_one(repository, alone):
+def test_the_notebook_gets_the_answers_of_one_process_from_two(repository, alone):
     run = runs.find("demo")
-    recipe = run.recipe()
+    recipe = run.recipe({"generation.do_sample": True, "generation.temperature": 0.7})
     tokenizer = qlora.load_tokenizer(recipe)
     records = data.load(recipe)
     rows = prompts.build_all(records["evaluation"], tokenizer, recipe.prompt, records["train"])
-    generation = GenerationConfig(max_new_tokens=8, do_sample=True, temperature=0.7)
-    evaluation = runs.open_evaluation(run, recipe, rows, generation)
+    space = {"recipe": recipe, "run": run, "rows": rows, "runs": runs, "GenerationConfig": GenerationConfig}
+    space |= {"REDO": False, "NUM_GPUS": 2, "gpus": gpus}
+    exec(cell("03_evaluate", "= GenerationConfig("), space)
+    evaluation, generation = space["evaluation"], space["generation"]
     model = qlora.load_finetuned(run, recipe, tokenizer)
     engine.dequantize(model)
     expected = engine.generate(model, tokenizer, rows, generation, recipe.seed, progress=False)
     first = dict(list(enumerate(expected))[:2])
     evaluation.keep("finetuned").add(first)  # answered by one process before
-    gpus.answer(evaluation, recipe, 2)
+    exec(cell("03_evaluate", "evaluation.answered"), space)
+    assert space["model"] is None
     assert len(list(evaluation.folder.glob(".answers-*.json"))) == 4  # a file a process and system
     found = evaluation.keep("finetuned").found
     assert [found[n] for n in range(7)] == expected and evaluation.answered
@@ -183,9 +198,24 @@ def test_tokens_are_counted_over_epochs():
     assert batches.tokens_until(6, lengths, 2, 7) == 22222 and len(third) == 1
 
 
+def test_make_run_gives_the_number_of_gpus_to_training_and_answering(monkeypatch, capsys):
+    given, last = {}, runs.Run("demo-00000000")
+    monkeypatch.setattr(
+        run_chain, "_execute", lambda notebook, folder, parameters: given.update({notebook: parameters})
+    )
+    monkeypatch.setattr(runs, "find", lambda name: last)
+    monkeypatch.setattr(runs, "find_evaluation", lambda run: (_ for _ in ()).throw(runs.RunError("so far")))
+    assert run_chain.main(["demo", "{}", "2"]) == 1 and "so far" in capsys.readouterr().err
+    assert {name: values.get("NUM_GPUS") for name, values in given.items()} == {
+        "01_prepare_data": None, "02_train_qlora": 2, "03_evaluate": 2,
+    }  # fmt: skip
+    assert run_chain.main(["demo", "{}", "two"]) == run_chain.main(["demo", "{}", "0"]) == 2
+
+
 def test_torchrun_reports_who_ended_first():
     report = "Root Cause (first observed failure):\n[0]:\n  rank      : 3 (local_rank: 1)\n  exitcode  : 1 (pid: 7)\n"
-    assert gpus._first([report]) == "number 3 ended with code 1 (see above)"
+    assert gpus._first([report]) == "process 3 ended with code 1 (see above)"
+    assert gpus._first(["x\n", "process 1 of 2: data.train_file is gone.\n", report]).endswith("train_file is gone")
     assert gpus._first(["nothing"]) == "one ended early (see above)"
 
 
@@ -195,3 +225,16 @@ def test_more_processes_than_gpus_is_told(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(qlora.ModelError, match="device is 'cuda:3', and this machine shows torch 2"):
         qlora.resolve_device("auto")
+
+
+def test_a_process_ends_with_the_notebook_that_started_it():
+    program = (
+        "import sys, time\nfrom src import gpus\ngpus._train = lambda *_: time.sleep(60)\ngpus.main(['train', 'x'])"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, env=os.environ | {gpus.ENDS: "1"}, stdin=subprocess.PIPE
+    )
+    with pytest.raises(subprocess.TimeoutExpired):
+        child.wait(0.5)
+    child.stdin.close()  # what the end of its parent does
+    assert child.wait(30) == 1

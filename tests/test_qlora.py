@@ -335,6 +335,7 @@ def executed(recipe):
         "device": CPU,
         "transformers": transformers,
         "REDO": False,
+        "NUM_GPUS": 1,
     }
     space |= {"training": recipe.training, "scoring": scoring}
     space |= {

@@ -82,7 +82,7 @@ def opened(overrides=None, edits=None, rows=None, plain=False):
     edits: {word in a cell: (pattern, replacement)}: what a reader changes there. rows: changes the rows by hand.
     plain: transformers' own Trainer over the same objects, instead of the engine's.
     """
-    space = {"RECIPE": "demo", "OVERRIDES": OVERRIDES | (overrides or {}), "EXAMPLE_ROW": 0}
+    space = {"RECIPE": "demo", "OVERRIDES": OVERRIDES | (overrides or {}), "NUM_GPUS": 1, "EXAMPLE_ROW": 0}
 
     def execute(*words):
         source = cell("02_train_qlora", *words)
