@@ -181,6 +181,7 @@ def train(folder: str, setup: str, part: str = "sample", overrides=None, warmup:
         "ours": True,
         "tok_s": round(tokens / seconds),
         "samples_s": round(tokens / seconds / mean, 1),
+        "steps_s": round((log[-1]["step"] - first["step"]) / seconds, 2),
         "peak_gib": trainer.peak_gib,
         "matmul_share": round(tokens / seconds * (6 if trainer.plan.checkpointing else 4) * 6.98e9 / rate, 3),
         "matmul_tflops": round(rate / 1e12),

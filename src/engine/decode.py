@@ -13,10 +13,9 @@ from tqdm import tqdm
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 from transformers.generation import logits_process
 
-from src.engine import weights
+from src.engine import graphs, weights
 from src.engine.attention import flat_rows, has_varlen, rows_stay_apart
 from src.engine.fuse import available, fused
-from src.engine.graphs import record
 
 CHECK, HALF = 8, 0.5  # recorded steps between two looks at who has ended; ended rows stay until so many are left
 PREFILL = 16384  # prompt tokens read in one forward pass, about
@@ -44,7 +43,7 @@ def generate(
     model.eval()
     config = complete(generation, tokenizer, model)
     flat = unpadded(model, config)
-    decode = functools.partial(_decode_flat, graphs=graphs) if flat else _decode_padded
+    decode = functools.partial(_decode_flat, recorded=graphs) if flat else _decode_padded
     lengths, found = [len(row["prompt_ids"]) for row in rows], dict(keep.found) if keep else {}
     own = sorted(range(len(rows)), key=lambda i: -lengths[i])[rank::ranks]  # whatever is found: all share alike
     waiting, quiet = [i for i in own if i not in found], not progress or rank > 0
@@ -180,7 +179,7 @@ class FlatCache(DynamicCache):
         return {"past_key_values": self, "use_cache": True, "cu_seq_lens_k": begin.int(), "seqused_k": used.int()}
 
 
-def _decode_flat(model, prompts: list[list[int]], config, draw, bar, graphs: bool) -> list[list[int]]:
+def _decode_flat(model, prompts: list[list[int]], config, draw, bar, recorded: bool) -> list[list[int]]:
     """New token ids of each prompt. Unlike transformers' `generate`, computes no padding, and no row after its EOS.
 
     Recorded, a few rows are computed further for a while, as every number of rows needs a graph of its own.
@@ -206,7 +205,7 @@ def _decode_flat(model, prompts: list[list[int]], config, draw, bar, graphs: boo
     rows, used, tokens = torch.arange(count, device=device), lengths.to(device), next_tokens(torch.cat(first), 0)
     found = torch.full((count, config.max_new_tokens), config.pad_token_id, device=device)
     going, longest, replay = torch.ones_like(rows, dtype=torch.bool), int(lengths.max()) + config.max_new_tokens, None
-    on = (torch.cuda.Stream(device), torch.cuda.graph_pool_handle()) if graphs and device.type == "cuda" else (None, 0)
+    on = (graphs.stream(device), torch.cuda.graph_pool_handle()) if recorded and device.type == "cuda" else (None, 0)
 
     def forward():
         each = torch.arange(len(rows) + 1, device=device, dtype=torch.int32)  # a query a row
@@ -217,15 +216,15 @@ def _decode_flat(model, prompts: list[list[int]], config, draw, bar, graphs: boo
     for step in range(1, config.max_new_tokens + 1):
         found[rows, step - 1] = tokens
         going &= torch.isin(tokens, ends, invert=True)
-        left = len(rows) if graphs and step % CHECK else int(going.sum())
+        left = len(rows) if recorded and step % CHECK else int(going.sum())
         if not left or step == config.max_new_tokens:
             break
-        if replay is None or left < len(rows) * (HALF if graphs else 1):
+        if replay is None or left < len(rows) * (HALF if recorded else 1):
             bar.update(len(rows) - left)
             if draw:
                 draw.generators = list(itertools.compress(draw.generators, going.tolist()))
             rows, used, tokens, going = (x[going] for x in (rows, used, tokens, going))
-            replay = record(forward, *on)
+            replay = graphs.record(forward, *on)
         tokens.copy_(next_tokens(replay(), step))
         used += 1
     return found.tolist()

@@ -3,28 +3,31 @@
 Without a stream to record on, the same function runs again in place of a replay: the plain twin.
 """
 
+import functools
+
 import torch
 
+stream = functools.cache(torch.cuda.Stream)  # one a device: each has workspaces of its own
 refused = []  # why graphs cannot be recorded on this machine, once that was tried
 
 
-def record(step, stream, pool):
+def record(step, on, pool):
     """A function that launches what step() launched, reads the same tensors, and returns step's result anew.
 
-    step: has no effect that may not be repeated. It runs twice before, which compiles kernels and draws no random
-    numbers from those to come. Where recording fails, that is said once, and step itself is returned.
+    step: has no effect that may not be repeated: it runs twice before, which compiles kernels, and then draws the
+    same random numbers again. on: a stream. Where recording fails, that is said once, and step itself is returned.
     """
-    if stream is None or refused:
+    if on is None or refused:
         return step
-    usual, random = torch.cuda.current_stream(stream.device), torch.cuda.get_rng_state(stream.device)
-    stream.wait_stream(usual)
-    with torch.cuda.stream(stream):
+    usual, random = torch.cuda.current_stream(on.device), torch.cuda.get_rng_state(on.device)
+    on.wait_stream(usual)
+    with torch.cuda.stream(on):
         step(), step()
-    usual.wait_stream(stream)
-    torch.cuda.set_rng_state(random, stream.device)
+    usual.wait_stream(on)
+    torch.cuda.set_rng_state(random, on.device)
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool, on, capture_error_mode="thread_local"):
             result = step()
     except torch.OutOfMemoryError:
         raise
@@ -33,12 +36,7 @@ def record(step, stream, pool):
         refused.append(str(error).splitlines()[0])
         print(f"CUDA graphs cannot be recorded here, so kernels are launched one by one: {refused[0]}")
         return step
-
-    def replay():
-        graph.replay()
-        return result
-
-    return replay
+    return lambda: (graph.replay(), result)[1]
 
 
 class StepGraphs:
@@ -50,7 +48,7 @@ class StepGraphs:
     def __init__(self, model, loss):
         self.loss, self.recorded, self.parameters = loss, {}, [p for p in model.parameters() if p.requires_grad]
         self.gradients, cuda = [torch.zeros_like(p) for p in self.parameters], model.device.type == "cuda"
-        self.on = (torch.cuda.Stream(model.device), torch.cuda.graph_pool_handle()) if cuda else (None, None)
+        self.on = (stream(model.device), torch.cuda.graph_pool_handle()) if cuda else (None, None)
 
     def __call__(self, inputs: dict, items) -> torch.Tensor:
         tensors = {name: x for name, x in inputs.items() if torch.is_tensor(x)} | {"items": torch.as_tensor(items)}
@@ -67,8 +65,6 @@ class StepGraphs:
         return loss
 
     def _step(self, inputs: dict) -> torch.Tensor:
-        inputs = dict(inputs)
-        items = inputs.pop("items")
-        loss = self.loss(inputs) / items
+        loss = self.loss({name: x for name, x in inputs.items() if name != "items"}) / inputs["items"]
         torch._foreach_copy_(self.gradients, torch.autograd.grad(loss, self.parameters))
         return loss.detach()

@@ -197,8 +197,7 @@ class FastTrainer(Trainer):
             self.quantized = weights.dequantize(self.model, keep=True)
         if self.plan.checkpointing:
             base.activation_checkpointing_enable({"use_reentrant": False, "context_fn": checkpoint_contexts})
-        loss = lambda inputs: summed_loss(self.model, inputs)[0]  # noqa: E731
-        self.graphs = StepGraphs(self.model, loss) if self.plan.graphs else None
+        self.graphs = StepGraphs(self.model, lambda x: summed_loss(self.model, x)[0]) if self.plan.graphs else None
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         try:

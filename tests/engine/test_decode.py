@@ -108,7 +108,7 @@ def test_rows_that_ended_may_be_computed_further_for_a_while(rows, answers, flat
     plain, recorded = answers(config, seed=3), []
     monkeypatch.setattr(decode, "CHECK", check)
     monkeypatch.setattr(decode, "HALF", half)
-    monkeypatch.setattr(decode, "record", lambda step, *on: recorded.append(on) or step)
+    monkeypatch.setattr(decode.graphs, "record", lambda step, *on: recorded.append(on) or step)
     flat()
     assert answers(config, seed=3, graphs=True) == plain
     assert answers(config, seed=3, graphs=True, batch_size=3) == plain
