@@ -36,6 +36,11 @@ class Progress(TrainerCallback):
         self.checkpoint = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
 
 
+def seen(text: str) -> str:
+    """The text with control, ANSI and bidi characters written out, so that a terminal shows them and obeys none."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
 class SampleAnswers(TrainerCallback):
     """Answers rows at every evaluation; prints `shown` of them and keeps these in the log beside the losses.
 
@@ -60,7 +65,9 @@ class SampleAnswers(TrainerCallback):
             state.log_history.append({"step": step, "id": row["id"], "reference": reference, "sample": text})
             if not state.is_world_process_zero:
                 continue
-            print(f"step {step}, row {row['id']}\n  reference: {reference}\n  generated: {text}", flush=True)
+            print(
+                f"step {step}, row {row['id']}\n  reference: {seen(reference)}\n  generated: {seen(text)}", flush=True
+            )
 
 
 class LogFile(TrainerCallback):
