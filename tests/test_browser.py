@@ -130,6 +130,10 @@ def lab(tmp_path_factory):
     for name in ("CONFIG", "DATA", "RUNTIME"):
         environment[f"JUPYTER_{name}_DIR"] = str(folder / ".jupyter" / name)
     flags = f"--no-browser --allow-root --port={port} --ServerApp.port_retries=0 --expose-app-in-browser".split()
+    flags += [
+        "--ServerApp.shutdown_no_activity_timeout=600",
+        "--MappingKernelManager.cull_idle_timeout=300",
+    ]  # orphaned
     flags += ["--IdentityProvider.token=", "--ServerApp.disable_check_xsrf=True"]
     with (folder / "lab.log").open("w") as log:
         server = subprocess.Popen(
@@ -137,7 +141,7 @@ def lab(tmp_path_factory):
         )
     address = f"http://127.0.0.1:{port}"
     try:
-        _wait(lambda: _answers(f"{address}/api/status"), 60, lambda: (folder / "lab.log").read_text()[-2000:])
+        _wait(lambda: _answers(f"{address}/api/status"), 120, lambda: (folder / "lab.log").read_text()[-2000:])
         yield address
     finally:
         os.killpg(server.pid, signal.SIGTERM)
@@ -162,8 +166,8 @@ def start(context, address: str, name: str):
     """Open a notebook and Run All Cells from the menu, as a person does. The page, with its kernel at work."""
     page = context.new_page()
     page.goto(f"{address}/lab/tree/{name}.ipynb?reset")
-    page.wait_for_function("() => window.jupyterapp?.shell.currentWidget?.sessionContext", timeout=60_000)
-    _wait(lambda: page.evaluate(STATE)["ready"], 60, lambda: page.evaluate(STATE))
+    page.wait_for_function("() => window.jupyterapp?.shell.currentWidget?.sessionContext", timeout=120_000)
+    _wait(lambda: page.evaluate(STATE)["ready"], 120, lambda: page.evaluate(STATE))
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
     return page
@@ -176,7 +180,7 @@ def finish(page) -> dict:
         state = page.evaluate(STATE)
         return state["errors"] or (state["done"] == state["cells"] and not state["busy"])
 
-    _wait(over, 240, lambda: page.evaluate(STATE))
+    _wait(over, 400, lambda: page.evaluate(STATE))
     found = {"state": page.evaluate(STATE)}
     for theme in ("Light", "Dark"):
         page.evaluate("theme => jupyterapp.commands.execute('apputils:change-theme', {theme})", f"JupyterLab {theme}")
@@ -191,7 +195,7 @@ def finish(page) -> dict:
 def shown(browser, lab):
     """What every notebook shows after Run All. 05 and 06 need no other notebook and run beside the others."""
     context = browser.new_context(viewport={"width": 1400, "height": 1000})
-    context.set_default_timeout(60_000)
+    context.set_default_timeout(120_000)
     names = [path.stem for path in NOTEBOOKS if PUBLISHED or not path.stem.startswith("05")]
     beside = {name: start(context, lab, name) for name in names if name.startswith(("05", "06"))}
     found = {name: finish(start(context, lab, name)) for name in names if name not in beside}

@@ -131,9 +131,8 @@ def test_enough_is_checked():
     assert len(re.findall(r"\]\([^)]+\)", text)) > 40 and len(re.findall(r"make [a-z]+", text)) > 15
 
 
-def test_the_page_of_fields_is_what_recipes_py_says():
-    page = docs.FIELDS.read_text(encoding="utf-8")
-    assert page == docs.fields(), "stale: run .venv/bin/python -m src.docs"
+def test_the_page_of_fields_says_default_values_and_meaning_of_each():
+    page = docs.FIELDS.read_text(encoding="utf-8")  # test_structure.py holds it to be fresh
     for key in recipes._flat(recipes.load("demo")):
         (row,) = re.findall(rf"^\| `{re.escape(key)}` \| (.*) \|$", page, re.M)
         default, values, meaning = (cell.strip() for cell in re.split(r"(?<!\\)\|", row))

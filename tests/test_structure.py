@@ -201,3 +201,8 @@ def test_no_notebook_cell_is_long():
                 long.append(f"{name(path)} cell {number}: {lines} lines")
     assert len(NOTEBOOKS) >= 5 and seen >= 50
     assert not long, "\n".join(["cells of more than 25 lines:", *long])
+
+
+def test_the_page_of_recipe_fields_is_fresh():
+    found = run_python("from src import docs; print(docs.FIELDS.read_text('utf-8') == docs.fields())")
+    assert found.stdout == "True\n", "src/recipes/README.md is stale: .venv/bin/python -m src.docs writes it anew"
