@@ -1,8 +1,11 @@
 """Data: what is read and refused, what is a leak, and the counts of the published files."""
 
+import collections
+import hashlib
 import json
 import os
 import pathlib
+import random
 import re
 import sys
 import tomllib
@@ -415,6 +418,36 @@ def test_sequences_in_more_than_200_training_rows_are_boilerplate(copies, near):
     assert data.seen([row(1, own)], train)["near"] == ["1"]
 
 
+def by_sets(records, train):
+    """What `leaks.overlaps` is meant to find, from sets of words: slow, and simple enough to be believed."""
+    sets = [
+        {" ".join(w[i : i + 8]) for i in range(len(w) - 7)} for w in (r["dialogue"].split() for r in train + records)
+    ]
+    count = collections.Counter(sequence for row in sets[: len(train)] for sequence in row)
+    rare = [{sequence for sequence in row if count[sequence] <= leaks.BOILERPLATE} for row in sets]
+    for record in rare[len(train) :]:
+        shared = {n: len(record & row) for n, row in enumerate(rare[: len(train)]) if record & row}
+        yield {n: shared[n] / min(len(record), len(rare[n])) for n in sorted(shared, key=lambda n: (-shared[n], n))}
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_overlaps_are_those_of_the_words_themselves(seed):
+    draw = random.Random(seed)
+    vocabulary = [f"w{i}" for i in range(draw.choice([2, 9, 40]))]
+    texts = [" ".join(draw.choices(vocabulary, k=draw.randrange(30))) for _ in range(draw.randrange(280))]
+    rows = [row(n, text) for n, text in enumerate(texts)]
+    held, train = rows[:9], rows[9:]
+    found = leaks.overlaps([leaks.sequences(r) for r in held], [leaks.sequences(r) for r in train])
+    assert [list(shares.items()) for shares in found] == [list(shares.items()) for shares in by_sets(held, train)]
+
+
+def test_a_long_audit_says_how_far_it_is(capsys):
+    assert data.audit({"train": [row(n, f"d{n}") for n in range(20_000)], "test": []})["across"] == {
+        "test in train": []
+    }
+    assert capsys.readouterr().out == "leak audit: 20,000 of 20,000 rows of train read\n"
+
+
 def held_out(repository, train, validation, test, overrides):
     files = {"train": train, "validation": validation, "test": test}
     for split, part in files.items():
@@ -457,11 +490,18 @@ def test_the_published_mts_dialog_files_are_what_we_say():
     assert {split: data.seen(data.load_split(recipe, split), rows)["same"] for split in expected} == expected
     near = {pair: n for pair, n in report["leaks"]["near"].items() if pair.endswith("in train")}
     assert near == {"validation in train": 0, "test1 in train": 1, "test2 in train": 5}
+    assert ids_of_leaks(recipe) == "93a6e000b36b761ed9aa7b0622727247fc72d11dddc365b1428f11f324f22e9b"
     assert not any("\r" in r["dialogue"] for r in rows) and sum(r["summary"] == "None." for r in rows) == 37
     assert len(data.read_table(data.published_file("mts_dialog", "released_outputs", progress=False))) == 400
     best = data.train_rows(recipes.load("mts_dialog_best"))
     seen = [data.seen(data.load_split(recipe, split), best) for split in expected]
     assert seen == [{"same": [], "near": []}] * 3 and 1180 < len(best) < 1201
+
+
+def ids_of_leaks(recipe):
+    """sha256 of all ids and shares that the audit wrote: as its first version, with sets and dictionaries, found them."""
+    found = json.loads((data.processed_dir(recipe) / "leaks.json").read_text(encoding="utf-8"))
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 
 @needs_samsum
@@ -473,6 +513,7 @@ def test_the_published_samsum_files_are_what_we_say():
     assert report["leaks"]["across"] == {"validation in train": 47, "test in train": 42, "test in validation": 4}
     assert report["leaks"]["near"] == {"validation in train": 8, "test in train": 6, "test in validation": 1}
     assert report["leaks"]["within"]["train"] == 487
+    assert ids_of_leaks(recipe) == "ae6147cafe302ab0b4f500d825f2155a07a6f8cd909da29f8fe3faaa5d30c03a"
     assert len(data.train_rows(recipe)) == 7366
     best = data.train_rows(recipes.load("samsum_best"))
     others = [r for split in ("validation", "test") for r in data.load_split(recipe, split)]
