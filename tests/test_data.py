@@ -499,7 +499,7 @@ def test_the_published_mts_dialog_files_are_what_we_say():
 
 
 def ids_of_leaks(recipe):
-    """sha256 of all ids and shares that the audit wrote: as its first version, with sets and dictionaries, found them."""
+    """sha256 of all ids and shares that the audit wrote: those of its first version, which used sets."""
     found = json.loads((data.processed_dir(recipe) / "leaks.json").read_text(encoding="utf-8"))
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
