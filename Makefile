@@ -2,6 +2,7 @@
 EXPERIMENT ?= demo
 OVERRIDES ?= {}
 GPUS ?= 1
+JOBS ?= 1
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -13,6 +14,9 @@ demo: .venv/installed  ## the whole chain on the embedded data and model: CPU, m
 
 run: .venv/installed  ## any recipe headless: make run EXPERIMENT=samsum OVERRIDES='{"lora.r": 8}' [GPUS=2]
 	$(BIN)/python -m src.run '$(EXPERIMENT)' '$(OVERRIDES)' '$(GPUS)'
+
+sweep: .venv/installed  ## a list of runs, JOBS at once with a GPU each: make sweep FILE=sweep.json [JOBS=2]
+	$(BIN)/python -m src.sweep '$(FILE)' '$(JOBS)'
 
 try: .venv/installed  ## base and fine-tuned summary of your own dialogue: make try FILE=chat.txt [SECTION=ALLERGY] [RUN=demo]
 	@$(BIN)/python -m src.try_it "$$FILE" "$$SECTION" "$$RUN"
@@ -54,4 +58,4 @@ notebooks: .venv/installed  ## run all notebooks in a copy of this folder, then 
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-.PHONY: help demo run try lab verify test browser links check notebooks
+.PHONY: help demo run sweep try lab verify test browser links check notebooks

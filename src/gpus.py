@@ -80,11 +80,16 @@ def _first(said: list[str]) -> str:
 # --- what a process of torchrun does ----------------------------------------------------------------------------------
 
 
+def _end_with_parent():
+    """End this process when the notebook that started it ends, even by a kill: its end of the pipe closes."""
+    if os.environ.get(ENDS):
+        threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
+
+
 def main(words: list[str]) -> int:
+    _end_with_parent()
     from src import engine, qlora
 
-    if os.environ.get(ENDS):  # a kernel that is killed leaves none behind: its end of the pipe closes
-        threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
     number = f"process {os.environ.get('RANK', 0)} of {os.environ.get('WORLD_SIZE', 1)}"
     try:
         if words[:1] == ["train"] and len(words) in (2, 3):

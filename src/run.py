@@ -2,28 +2,33 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 
 from src import recipes, runs
 
 
-def run(name: str, overrides: dict | None = None, gpus: int = 1) -> tuple[runs.Run, runs.Evaluation]:
-    """Run the chain for a recipe with overrides; the executed copies end up in outputs/<run>/notebooks."""
+def run(name: str, overrides: dict | None = None, gpus: int = 1, prepared=False) -> tuple[runs.Run, runs.Evaluation]:
+    """Run the chain for a recipe with overrides; the executed copies end up in outputs/<run>/notebooks.
+
+    prepared: leave out 01, because its rows are there and other processes read them.
+    """
     recipes.load(name, overrides)  # a mistake is found here, before anything starts
     from src import terminal
 
-    executed = runs.ROOT / "outputs" / ".notebooks"
+    executed = runs.ROOT / "outputs" / f".notebooks{f'-{os.getpid()}' if prepared else ''}"
     shutil.rmtree(executed, ignore_errors=True)
     executed.mkdir(parents=True)
     parameters = {"RECIPE": name, "OVERRIDES": overrides or {}}
     shared = parameters | {"NUM_GPUS": gpus}  # between GPUs
-    training = terminal.Training()
+    os.environ["CHAIN"], training = str(os.getpid()), terminal.Training()
     try:
-        _execute("01_prepare_data", executed, parameters)
+        if not prepared:
+            _execute("01_prepare_data", executed, parameters)
         with training:
             _execute("02_train_qlora", executed, shared)
-        trained = runs.find(name)
+        trained = _opened(executed / "02_train_qlora.ipynb")
         print(f"== run {trained.name}", flush=True)
         _execute("03_evaluate", executed, shared | {"RUN": trained.name})
         evaluation = runs.find_evaluation(trained)
@@ -33,6 +38,13 @@ def run(name: str, overrides: dict | None = None, gpus: int = 1) -> tuple[runs.R
     shutil.rmtree(trained.folder / "notebooks", ignore_errors=True)
     executed.rename(trained.folder / "notebooks")
     return trained, evaluation
+
+
+def _opened(notebook) -> runs.Run:
+    """The run that an executed 02 names last: the newest one may be another process's."""
+    cells = runs.read_json(notebook, "02_train_qlora")["cells"]
+    said = "".join(text for cell in cells for out in cell.get("outputs", []) for text in out.get("text", []))
+    return runs.Run(re.findall(r"^run (\S+-[0-9a-f]{8})$", said, re.M)[-1])
 
 
 def _execute(notebook: str, folder, parameters: dict):
@@ -55,8 +67,8 @@ def _execute(notebook: str, folder, parameters: dict):
 
 
 def main(arguments: list[str]) -> int:
-    gpus = arguments[2] if len(arguments) == 3 else "1"
-    if not 1 <= len(arguments) <= 3 or not gpus.isdecimal() or int(gpus) < 1:
+    gpus = arguments[2] if len(arguments) > 2 else "1"
+    if not 1 <= len(arguments) <= 4 or arguments[3:] not in ([], ["prepared"]) or not gpus.isdecimal() or int(gpus) < 1:
         print("usage: python -m src.run RECIPE ['{\"lora.r\": 8}' [GPUS, a number]]")
         return 2
     try:
@@ -73,7 +85,7 @@ def main(arguments: list[str]) -> int:
         )
         return 1
     try:
-        trained, evaluation = _told(arguments[0], overrides, int(gpus))
+        trained, evaluation = _told(arguments[0], overrides, int(gpus), len(arguments) == 4)
     except KeyboardInterrupt as stop:
         print(f"\nStopped. The same command goes on {stop or 'from the start'}.", file=sys.stderr)
         return 130
@@ -93,12 +105,12 @@ def _once(pairs: list[tuple]) -> dict:
     return found
 
 
-def _told(name: str, overrides: dict, gpus: int) -> tuple[runs.Run | None, runs.Evaluation | None]:
+def _told(name: str, overrides: dict, gpus: int, prepared: bool) -> tuple[runs.Run | None, runs.Evaluation | None]:
     """`run`, with the errors that a person can mend in one line on stderr, and (None, None) returned."""
     from papermill.exceptions import PapermillExecutionError
 
     try:
-        return run(name, overrides, gpus)
+        return run(name, overrides, gpus, prepared)
     except runs.RunError as error:
         print(error, file=sys.stderr)
     except PapermillExecutionError as error:

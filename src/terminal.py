@@ -1,6 +1,7 @@
 """What `make run` says while notebooks run: the cells tagged `terminal`, warnings, and a line a log step."""
 
 import json
+import os
 import sys
 import threading
 import time
@@ -50,7 +51,7 @@ class Training:
     """`with Training():` prints a line for each new step in the log of the run that is opened meanwhile."""
 
     def __enter__(self):
-        self.since, self.stop, self.said = time.time(), threading.Event(), 0
+        self.since, self.stop, self.said, self.known = time.time(), threading.Event(), 0, None
         self.thread = threading.Thread(target=self._follow, daemon=True)
         self.thread.start()
         return self
@@ -62,7 +63,12 @@ class Training:
     def run(self) -> runs.Run | None:
         """The run that 02 opened since, if it has."""
         found = [path for path in (runs.ROOT / "outputs").glob("*/.opened") if path.stat().st_mtime >= self.since]
-        return runs.Run(max(found, key=lambda path: path.stat().st_mtime).parent.name) if found else None
+        chains, own = [_chain(path.parent) for path in found], os.environ.get("CHAIN")
+        wanted = own if own in chains else None  # not another `make run`'s of a sweep
+        found = [path for path, chain in zip(found, chains, strict=True) if chain == wanted]
+        if found and (wanted or not self.known):
+            self.known = runs.Run(max(found, key=lambda path: path.stat().st_mtime).parent.name)
+        return self.known
 
     def _follow(self):
         while not self.stop.wait(0.5):
@@ -79,6 +85,14 @@ class Training:
         for row in rows[self.said :]:
             print(line(row, training["num_train_epochs"], training["max_steps"]), flush=True)
         self.said = len(rows)
+
+
+def _chain(folder: Path) -> str | None:
+    """Which `make run` has a run's folder, as the process that holds it wrote down."""
+    try:
+        return json.loads((folder / ".lock.json").read_text(encoding="utf-8")).get("chain")
+    except (OSError, ValueError):
+        return None
 
 
 def line(row: dict, epochs: float, max_steps: int) -> str:

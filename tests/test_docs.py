@@ -14,7 +14,7 @@ import yaml
 from src import docs, recipes
 from tests.test_notebooks import ROOT, copy_repository
 
-PLACES = ". data data/demo outputs outputs/demo/adapter benchmarks src/engine src/recipes".split()
+PLACES = ". data data/demo outputs outputs/demo/adapter benchmarks src/engine src/recipes cloud".split()
 TEXTS = [path for place in PLACES for path in sorted((ROOT / place).glob("*.md"))]
 MADE = re.compile(
     r"data/(raw|processed|models)|\.venv|\.build|lab(/|$)|outputs/[\w-]*[<*]|evaluations/|.*(lunch|[<*])"

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -79,16 +80,22 @@ def killed(repository, alone):
 
 
 def kill_second(checkpoint: Path, seconds: float = 120):
-    """Kill the second process (RANK=1) of a training as soon as the checkpoint is there."""
+    """Kill the second process of a training as soon as the checkpoint is there."""
     until = time.monotonic() + seconds
     while not checkpoint.is_file() and time.monotonic() < until:
         time.sleep(0.005)
+    kill_process("1", runs.ROOT)
+
+
+def kill_process(rank: str, folder: Path):
+    """Kill the process of that RANK among those that train in a folder."""
     for process in Path("/proc").glob("[0-9]*"):
         try:
             words, variables = ((process / name).read_bytes().split(b"\0") for name in ("cmdline", "environ"))
+            ours = os.path.samefile(process / "cwd", folder)
         except OSError:
             continue
-        if b"src.gpus" in words and b"RANK=1" in variables and os.path.samefile(process / "cwd", runs.ROOT):
+        if ours and b"src.gpus" in words and f"RANK={rank}".encode() in variables:
             os.kill(int(process.name), signal.SIGKILL)
 
 
@@ -199,11 +206,11 @@ def test_tokens_are_counted_over_epochs():
 
 
 def test_make_run_gives_the_number_of_gpus_to_training_and_answering(monkeypatch, capsys):
-    given, last = {}, runs.Run("demo-00000000")
+    given = {}
     monkeypatch.setattr(
         run_chain, "_execute", lambda notebook, folder, parameters: given.update({notebook: parameters})
     )
-    monkeypatch.setattr(runs, "find", lambda name: last)
+    monkeypatch.setattr(run_chain, "_opened", lambda notebook: runs.Run("demo-00000000"))
     monkeypatch.setattr(runs, "find_evaluation", lambda run: (_ for _ in ()).throw(runs.RunError("so far")))
     assert run_chain.main(["demo", "{}", "2"]) == 1 and "so far" in capsys.readouterr().err
     assert {name: values.get("NUM_GPUS") for name, values in given.items()} == {
@@ -228,9 +235,7 @@ def test_more_processes_than_gpus_is_told(monkeypatch):
 
 
 def test_a_process_ends_with_the_notebook_that_started_it():
-    program = (
-        "import sys, time\nfrom src import gpus\ngpus._train = lambda *_: time.sleep(60)\ngpus.main(['train', 'x'])"
-    )
+    program = "import time; from src import gpus; gpus._end_with_parent(); time.sleep(60)"
     child = subprocess.Popen(
         [sys.executable, "-c", program], cwd=ROOT, env=os.environ | {gpus.ENDS: "1"}, stdin=subprocess.PIPE
     )
@@ -238,3 +243,31 @@ def test_a_process_ends_with_the_notebook_that_started_it():
         child.wait(0.5)
     child.stdin.close()  # what the end of its parent does
     assert child.wait(30) == 1
+
+
+def test_on_two_machines_the_end_of_a_process_ends_the_job_and_each_says_so(repository, alone):
+    """torchrun, started once a machine, as cloud/README.md says; both are this one, over gloo."""
+    folder = shutil.copytree(repository, repository.with_name("machines"), dirs_exist_ok=True)
+    shutil.rmtree(folder / "outputs")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    command += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
+    words = ["--module", "src.gpus", "train", "demo", json.dumps(OVERRIDES | {"training.max_steps": 4000})]
+    machines = [
+        subprocess.Popen(
+            [*command, "--node-rank", rank, *words], cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+            env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    until = time.monotonic() + 120
+    while not list(folder.glob("outputs/demo-*/checkpoints/checkpoint-4/trainer_state.json")):
+        assert all(machine.poll() is None for machine in machines) and time.monotonic() < until
+        time.sleep(0.02)
+    kill_process("1", folder)
+    said = [machine.communicate(timeout=90)[1] for machine in machines]
+    assert all(machine.returncode not in (0, None) for machine in machines)
+    assert "process 0 of 2 cannot go on" in said[0] and "goes on from the last checkpoint" in said[0]
+    assert "-9" in said[1]

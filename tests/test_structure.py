@@ -28,6 +28,7 @@ MAY_IMPORT = {  # room or file of src: what of src it may import beside itself
     "verify": {"runs", "scoring", "intervals"},
     "try_it": {"recipes", "runs", "data", "prompts", "qlora", "engine", "analysis"},  # marks in a terminal
     "gpus": {"recipes", "runs", "data", "prompts", "scoring", "qlora", "engine", "terminal"},
+    "sweep": {"recipes", "runs", "data"},
     "takehome": {"runs"},
     "metrics": set(),
     "engine": set(),
@@ -36,6 +37,7 @@ MAY_IMPORT = {  # room or file of src: what of src it may import beside itself
     "__init__": set(),
 }
 WITHOUT_TORCH = (
+    "sweep",
     "refusals",
     "recipes",
     "runs",
@@ -165,7 +167,7 @@ def listed(paths) -> str:
     return "\n".join(f"{length(path):6} {name(path)}" for path in sorted(paths, key=length, reverse=True))
 
 
-@pytest.mark.parametrize(("folder", "budget"), [("src", 2325), ("src/engine", 1840), ("src/analysis", 1225)])
+@pytest.mark.parametrize(("folder", "budget"), [("src", 2480), ("src/engine", 1840), ("src/analysis", 1225)])
 def test_rooms_stay_within_their_budget(folder, budget):
     paths = sorted((ROOT / folder).glob("*.py"))
     lines = sum(map(length, paths))

@@ -39,7 +39,8 @@ def hold(folder: Path, doing: str):
                 f"since {who.get('since', '?')}: wait for it, or stop it. Then run this cell again."
             ) from None
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    files.write_json(holder, {"process": os.getpid(), "host": socket.gethostname(), "since": now})
+    chain = os.environ.get("CHAIN")  # the `make run` that this process belongs to
+    files.write_json(holder, {"process": os.getpid(), "host": socket.gethostname(), "since": now, "chain": chain})
     files.remove_leftovers(folder)
 
 
