@@ -185,10 +185,21 @@ def finish(page) -> dict:
     for theme in ("Light", "Dark"):
         page.evaluate("theme => jupyterapp.commands.execute('apputils:change-theme', {theme})", f"JupyterLab {theme}")
         page.wait_for_function(f"() => document.body.dataset.jpThemeLight === '{str(theme == 'Light').lower()}'")
-        page.wait_for_timeout(300)
-        found[theme] = page.evaluate(SEEN.replace("SCOPE", ":is(.jp-OutputArea-output, .jp-RenderedMarkdown)"))
+        found[theme] = settled(page)
     page.close()
     return found
+
+
+def settled(page) -> dict:
+    """What is seen once it does not change any more and nothing is without size; after 20 tries, what is seen then."""
+    seen = None
+    for _ in range(20):
+        before = seen
+        page.wait_for_timeout(300)
+        seen = page.evaluate(SEEN.replace("SCOPE", ":is(.jp-OutputArea-output, .jp-RenderedMarkdown)"))
+        if seen == before and all(width for width, *_ in seen["tables"] + seen["figures"]):
+            break
+    return seen
 
 
 @pytest.fixture(scope="module")
