@@ -28,6 +28,12 @@ lab: .venv/installed  ## open copies of the notebooks in JupyterLab (lab/, which
 verify: .venv/installed  ## every hash and score of a run from its files again, or of all: make verify [RUN=demo-1a2b3c4d]
 	@$(BIN)/python -m src.verify "$$RUN"
 
+audit: .venv/installed  ## known vulnerabilities of what is installed (pip-audit in .audit; needs pypi.org or osv.dev)
+	$(BIN)/python -m src.supply audit
+
+canary: .venv/installed  ## the tests with the newest versions (in .canary) beside the pins, and which library breaks what
+	$(BIN)/python -m src.supply canary $(TESTS)
+
 test: .venv/installed  ## all tests
 	$(BIN)/python -m pytest
 
@@ -58,4 +64,4 @@ notebooks: .venv/installed  ## run all notebooks in a copy of this folder, then 
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-.PHONY: help demo run sweep try lab verify test browser links check notebooks
+.PHONY: help demo run sweep try lab verify audit canary test browser links check notebooks

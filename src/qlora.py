@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,6 +84,12 @@ def load_tokenizer(recipe):
     with hub_errors(recipe.base_model, recipe.revision, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
             find_model(recipe.base_model), revision=recipe.revision, mistral_format=False
+        )
+    if recipe.revision == "main" and not Path(find_model(recipe.base_model)).is_dir():
+        print(
+            f"Warning: revision is 'main' of {recipe.base_model!r}, which may be another model tomorrow: set it to a "
+            "commit of its page.",
+            file=sys.stderr,
         )
     tokenizer.model_max_length = 10**9  # prompts are cut by recipe.prompt.max_tokens, and counted
     if tokenizer.eos_token_id is None:

@@ -136,7 +136,7 @@ class Engine(Section):  # how a machine computes: never changes which run it is 
 class Recipe(Section):
     name: str  # of the file in src/recipes
     base_model: Model = "data/demo/base"  # a hub id, or a folder of this repository
-    revision: Revision = "main"  # branch, tag or commit on the hub; the commit it resolved to is recorded
+    revision: Revision = "main"  # branch, tag or commit of base_model on the hub; another base_model has main
     pad_token: Literal["unk", "add"] = "unk"  # unk: reuse it, else the own pad token, else BOS; add: a new [PAD]
     device: Device = "auto"  # auto | cpu | cuda | cuda:1 ...
     seed: Seed = 42  # row order, adapter initialisation, dropout, sampling, bootstrap
@@ -202,6 +202,8 @@ def build(values: dict, overrides: dict[str, Any] | None = None) -> Recipe:
     if not isinstance(given, dict):
         raise RecipeError(f'OVERRIDES is {shown(given)}: expected a dictionary such as {{"lora.r": 8}}.')
     changed, known = before.model_dump(), _flat(before)
+    if given.get("base_model", before.base_model) != before.base_model:
+        changed["revision"] = Recipe.model_fields["revision"].default  # the file's is a commit of its own base model
     for key, value in given.items():
         if key not in known:
             raise RecipeError(f"Unknown override {shown(key)}.{closest(key, known)} src/recipes.py lists all fields.")

@@ -54,8 +54,8 @@ def _execute(notebook: str, folder, parameters: dict):
 
     print(f"== {notebook}", flush=True)
     papermill.execute_notebook(
-        runs.ROOT / "notebooks" / f"{notebook}.ipynb",
-        folder / f"{notebook}.ipynb",
+        os.path.relpath(runs.ROOT / "notebooks" / f"{notebook}.ipynb"),  # the copy names both: no folder of a machine
+        os.path.relpath(folder / f"{notebook}.ipynb"),
         parameters=parameters,
         cwd=runs.ROOT / "notebooks",
         kernel_name="python3",

@@ -91,11 +91,27 @@ def copy_repository(folder, raw=None):
 def chain(folder, recipe, overrides):
     """Run the chain in the copy; return the run's folder, its evaluation's folder and what was printed."""
     command = [sys.executable, "-m", "src.run", recipe, json.dumps(overrides)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900)
+    environment = {**os.environ, "HF_TOKEN": TOKEN}
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
+    tells_nothing_of_this_machine(folder, done.stdout + done.stderr)
     run = folder / "outputs" / re.search(r"== run (\S+)", done.stdout)[1]
     evaluations = sorted((run / "evaluations").iterdir(), key=lambda path: path.stat().st_mtime)
     return run, evaluations[-1], done.stdout
+
+
+TOKEN = "hf_PlantedTokenThatMustNotBeWritten"
+
+
+def tells_nothing_of_this_machine(folder, said):
+    """No file that a run leaves, its executed notebooks included, holds the token or a path of this machine."""
+    seen = 0
+    for path in [path for part in ("outputs", "data/processed") for path in (folder / part).rglob("*")]:
+        if path.is_file():
+            content, seen = path.read_bytes(), seen + 1
+            for secret in (TOKEN, str(folder), str(ROOT), f"{Path.home()}/", sys.prefix):
+                assert secret.encode() not in content, (path.relative_to(folder), secret)
+    assert seen > 30 and TOKEN not in said
 
 
 SMALL = {

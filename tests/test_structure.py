@@ -26,6 +26,7 @@ MAY_IMPORT = {  # room or file of src: what of src it may import beside itself
     "docs": {"recipes", "runs"},
     "colab": set(),
     "verify": {"runs", "scoring", "intervals"},
+    "supply": {"runs"},
     "try_it": {"recipes", "runs", "data", "prompts", "qlora", "engine", "analysis"},  # marks in a terminal
     "gpus": {"recipes", "runs", "data", "prompts", "scoring", "qlora", "engine", "terminal"},
     "sweep": {"recipes", "runs", "data"},

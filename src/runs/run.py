@@ -160,7 +160,8 @@ def open(recipe, trainer, prompt_template: dict) -> Run:
     run = Run(identity.name(recipe.name, values))
     trainer.args.output_dir = os.path.relpath(run.checkpoints)  # so that no file names a folder of this machine
     settings = trainer.model.peft_config["default"]  # where others find the base: an id, or a folder of this repository
-    settings.base_model_name_or_path = identity.base_name(trainer.model)
+    where = identity.base_name(trainer.model)
+    settings.base_model_name_or_path = Path(where).name if Path(where).is_absolute() else where
     settings.revision = base if isinstance(base, str) else None
     try:
         found = run.finished and run.check()
