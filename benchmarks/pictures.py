@@ -67,19 +67,17 @@ def systems(own: pd.DataFrame, known: pd.DataFrame, columns: list[str], split: s
         parts = [re.findall(r"[\d.]+", str(row[column])) for column in (columns[0], columns[2])]
         if all(parts):
             found[name] = [tuple(100 * float(x) for x in part) for part in parts]
-    order = sorted(found, key=lambda name: found[name][1][0])
+    order = sorted(found, key=lambda name: -found[name][1][0])
     title = f"{'SAMSum' if 'stemmed' in columns[0] else 'MTS-Dialog'}, {split}, n={own['n'].iloc[0]}"
     fig, axes = figures.figure(width=10, height=0.27 * len(order) + 1, columns=2, title=title)
     for axis, column, k in zip(axes, (columns[0], columns[2]), (0, 1), strict=True):
-        for y, name in enumerate(order):
-            value, *interval = found[name][k]
-            color = {v: figures.COLORS[key] for key, v in NAMES.items()}.get(name, figures.COLORS["reference"])
-            if interval:
-                axis.plot(interval, [y, y], color=color, lw=2)
-            axis.plot(value, y, "o", color=color, ms=6 if name in NAMES.values() else 4)
-        axis.set_yticks(range(len(order)), order if k == 0 else [""] * len(order), fontsize="small")
+        rows = {
+            name: dict(zip(("value", "low", "high"), (*found[name][k], None, None), strict=False)) for name in order
+        }
+        for key, name in NAMES.items():
+            rows[name]["color"] = figures.COLORS[key]
+        figures.dots(axis, rows, names=k == 0)
         axis.set(xlabel=f"{column}{'' if 'stemmed' in column else ' unstemmed'} (F1, 0-100, 95%)", xlim=(0, None))
-        axis.grid(axis="y", color="#dddddd", lw=0.5)
     return fig
 
 

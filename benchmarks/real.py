@@ -52,8 +52,10 @@ DECODINGS = {  # ways of decoding: what they change in [generation]
     "as the recipe": {},
     **{f"no repeated {n}-gram": {"no_repeat_ngram_size": n} for n in (4, 6, 8)},
     "repetition penalty 1.1": {"repetition_penalty": 1.1},
+    "4 beams": {"num_beams": 4},
     BEAMS: {"num_beams": 4, "no_repeat_ngram_size": 6},
 }
+BEAMED = {"samsum_small": ("4 beams", BEAMS), "mts_dialog_small": (BEAMS,)}  # ways beside the recipe's, by recipe
 
 
 @dataclass(frozen=True)
@@ -86,10 +88,13 @@ def stages() -> dict[str, list[Job]]:
         job("tune", f"mts-{rate}-{epochs}-last", notes, values, splits=("validation",), decodings=tuple(DECODINGS))
     for bits, values in BITS.items():
         for recipe in (chats, notes):
-            job("base", f"{recipe}-{bits}", recipe, values, answered=("base model", "teacher-forced scoring, base"))
+            ways = ("as the recipe", *BEAMED[recipe]) if bits == "nf4" else ("as the recipe",)
+            answered = ("base model", "teacher-forced scoring, base")
+            job("base", f"{recipe}-{bits}", recipe, values, answered=answered, decodings=ways)
     for seed in SEEDS:
-        job("main", f"samsum-{seed}", chats, {"seed": seed}, splits=("validation", "test"))
-        job("main", f"mts-{seed}", notes, {"seed": seed}, decodings=("as the recipe", BEAMS))
+        for name, recipe, splits in (("samsum", chats, ("validation", "test")), ("mts", notes, ())):
+            ways = ("as the recipe", *BEAMED[recipe])
+            job("main", f"{name}-{seed}", recipe, {"seed": seed}, splits=splits, decodings=ways)
         values = {"seed": seed, "training.learning_rate": 1e-3, "training.num_train_epochs": 8.0}
         values |= {"training.load_best_model_at_end": True, "training.metric_for_best_model": "rougeL"}
         job("best", f"mts-rougeL-{seed}", notes, values)
@@ -205,8 +210,11 @@ def work(folder: Path, job: Job):
 
 
 def score(folder: Path):
-    """Score every answer in `folder`: results/real.json, and what notebook 05 shows of the defects on SAMSum."""
-    results, by_setting = [], {}
+    """Score every answer in `folder` into results/real.json, and into what notebook 05 shows of the defects on SAMSum.
+
+    What was scored before and is not in `folder` stays.
+    """
+    results, by_setting, kept = [], {}, ROOT / "benchmarks" / "results" / "real.json"
     for path in sorted([*folder.glob("*.json"), *folder.glob("*.part")]):  # a job that was cut short counts as it is
         done = runs.read_json(path, "benchmarks/real.py run")
         for answers in done["answers"]:
@@ -226,11 +234,14 @@ def score(folder: Path):
             same = results[-len(found) :]
             mean = {key: round(float(np.mean([r[key] for r in same])), 4) for key in ("length_cap", "minutes")}
             results.append(entry(recipe, split, name, "mean", means, next(iter(found.values()))) | mean)
-    results.sort(key=lambda r: [str(r[k]) for k in ("dataset", "split", "setting", "seed")])
-    runs.write_json(ROOT / "benchmarks" / "results" / "real.json", results)
+    key = ("dataset", "split", "setting", "system", "seed")
+    known = {tuple(str(r[k]) for k in key): r for r in [*runs.read_json(kept, "benchmarks/real.py"), *results]}
+    results = [known[k] for k in sorted(known)]
+    runs.write_json(kept, results)
     for dataset in ("samsum", "mts_dialog"):
         settings(results, dataset).to_csv(ROOT / "outputs" / f"{dataset}_small" / "settings.csv", index=False)
-    defects(folder).to_csv(ROOT / "outputs" / "samsum_small" / "defects_by_seed.csv", index=False)
+    path = ROOT / "outputs" / "samsum_small" / "defects_by_seed.csv"
+    defects(folder, path).to_csv(path, index=False)
 
 
 def settings(results: list[dict], dataset: str):
@@ -259,7 +270,7 @@ def setting(job: dict, answers: dict) -> str:
         return "as the recipe, but the best by validation loss" if name == "mts-0.002-5" else ""
     words = {
         "main": "as the recipe" + way,
-        "base": "as the recipe" if name.endswith("nf4") else name.partition("-")[2],
+        "base": "as the recipe" + way if name.endswith("nf4") else name.partition("-")[2],
         "tune": "tuning: " + name.partition("-")[2] + way,
         "best": "best by ROUGE-L of generated answers, 1e-3, 8 epochs",
         "defects": "3,000 rows, 1 epoch" if answers["defect"] == "corrected" else "",
@@ -307,8 +318,11 @@ def entry(recipe: str, split: str, name: str, seed, scores: dict, found: tuple) 
     }  # fmt: skip
 
 
-def defects(folder: Path):
-    """One row a defect and seed on SAMSum's test split, as notebook 05's own table has them for the demo."""
+def defects(folder: Path, before: Path):
+    """One row a defect and seed on SAMSum's test split, as notebook 05's own table has them for the demo.
+
+    `before`: the CSV file of what was scored before; what is not in `folder` stays.
+    """
     import pandas as pd
 
     from src import published
@@ -317,13 +331,14 @@ def defects(folder: Path):
     jobs = ("defects-*", "rank-4-*", "base-samsum_small-nf4*")
     for path in sorted(path for pattern in jobs for path in folder.glob(pattern)):
         done = runs.read_json(path, "benchmarks/real.py run")
-        for answers in done["answers"]:
+        for answers in (a for a in done["answers"] if a["decoding"] == "as the recipe"):
             given = answers["defect"] if "rank" not in path.name else "rank 4"
             for name in (given, *(["prompt scored"] if given == "corrected" else [])):  # the same answers
                 scores = published.score(published.DEFECTS[name], answers["rows"], rows)
                 found.append({"defect": name, "seed": SEEDS[0] if "manifest" not in done else seed_of(done)} | scores)
-    order = list(published.DEFECTS)
-    return pd.DataFrame(sorted(found, key=lambda row: (order.index(row["defect"]), row["seed"]))).round(4)
+    order, known = list(published.DEFECTS), pd.read_csv(before).to_dict("records")
+    known = {(row["defect"], row["seed"]): row for row in [*known, *found]}.values()
+    return pd.DataFrame(sorted(known, key=lambda row: (order.index(row["defect"]), row["seed"]))).round(4)
 
 
 def main(arguments: list[str]):

@@ -6,12 +6,10 @@ lengths (benchmarks/samsum_lengths.json) and random tokens, and go through the s
     python benchmarks/speed.py make-model FOLDER      once: 7.24 B random parameters, 14.5 GB on disk
     python benchmarks/speed.py FOLDER SETUP [...]     each setup in a process of its own; one JSON line each
     python benchmarks/speed.py rows FILE              the same rows for benchmarks/peers.py
-    python benchmarks/speed.py cpu                    the demo's training on a CPU, padded and packed
     python benchmarks/speed.py lengths                how samsum_lengths.json was made (needs data/raw/samsum)
 """
 
 import dataclasses
-import itertools
 import json
 import os
 import random
@@ -58,7 +56,6 @@ TRAIN = {  # setup: overrides of samsum_best; rows a step, steps, and what limit
     "ours_fp16": {ROWS: 54, "training.max_steps": 15, "quantization.bnb_4bit_compute_dtype": "float16"},
 } | {f"capped_{gib}": {ROWS: 16, "training.max_steps": 25, "engine.memory_gib": float(gib)} for gib in (15, 22, 38, 78)}
 JOB = {ROWS: 16, "training.num_train_epochs": 3.0}
-CPU = {"cpu_padded": "off", "cpu_packed": "on"}  # engine.packing
 
 
 def make_model(folder: str):
@@ -201,42 +198,6 @@ def train(folder: str, setup: str, part: str = "sample", overrides=None, warmup:
     }
 
 
-def cpu(setup: str) -> dict:
-    """The demo's first 60 steps on this machine's CPU: real tokens a second after 10 of them, and the padding."""
-    import torch
-    from peft import get_peft_model
-
-    from src import data, engine, prompts, qlora, recipes
-    from src.engine import batches, planning
-
-    demo = recipes.load("demo")
-    data.prepare(demo)
-    overrides = {"engine.packing": CPU[setup], "device": "cpu", "training.max_steps": 60, ROWS: 8}
-    overrides |= {"training.learning_rate": demo.training.learning_rate, "lora.r": demo.lora.r}
-    objects = setup_of("data/demo/base", overrides)
-    recipe, device, quantization, lora, arguments = objects
-    tokenizer = qlora.load_tokenizer(recipe)
-    encoded = prompts.build_all(data.train_rows(demo), tokenizer, demo.prompt)
-    plan = planned(*objects, encoded)
-    model = get_peft_model(qlora.load_base(recipe, tokenizer, device, quantization), lora)
-    trainer = engine.FastTrainer(model, arguments, encoded, encoded.select(range(2)), tokenizer, plan)
-    trainer.train()
-    log = [row for row in trainer.state.log_history if "loss" in row and row["step"] >= 10]
-    lengths = [len(ids) for ids in encoded["input_ids"]]
-    sampler = batches.StepSampler(lengths, plan.rows_per_step, plan.passes, recipe.seed, plan.packed)
-    passes = [[lengths[i] for i in part] for part in itertools.islice(sampler, 60 * plan.passes)]
-    return {
-        "setup": setup,
-        "ours": True,
-        "tok_s": round((log[-1]["tokens"] - log[0]["tokens"]) / (log[-1]["seconds"] - log[0]["seconds"])),
-        "passes": plan.passes,
-        "padding": round(1 - sum(map(sum, passes)) / sum(batches.pass_tokens(p, plan.packed) for p in passes), 3),
-        "matmul_gflops": round(planning.matmul_rate(torch.device("cpu"), torch.float32) / 1e9),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
-
-
 def answers_in(model, tokenizer, encoded, tokens: int, graphs: bool = False) -> tuple[float, int]:
     """Seconds and new tokens of answering every prompt with exactly so many tokens."""
     import torch
@@ -323,11 +284,6 @@ def main(arguments: list[str]) -> int:
         Path(arguments[1]).write_text(json.dumps(pairs), encoding="utf-8")
     elif arguments == ["lengths"]:
         lengths()
-    elif arguments == ["cpu"]:
-        for setup in CPU:
-            subprocess.run([sys.executable, __file__, "cpu", setup], check=False, timeout=400)
-    elif arguments[:1] == ["cpu"]:
-        print(json.dumps(cpu(arguments[1])), flush=True)
     elif len(arguments) == 2:
         folder, setup = str(Path(arguments[0]).resolve()), arguments[1]
         result = (

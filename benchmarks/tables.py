@@ -45,12 +45,13 @@ def speed() -> str:
 
 
 def cpu() -> str:
-    """The demo on a CPU, from results/cpu.json."""
-    runs = {}
-    for r in results("cpu"):
-        runs.setdefault((r["setup"], f"{r['padding']:.1%}"), []).append(f"{r['tok_s']:,}")
-    rows = [[setup, ", ".join(speeds), padding] for (setup, padding), speeds in runs.items()]
-    return markdown(["setup", "tokens/s, every run", "padding"], rows)
+    """Training on two CPU cores, from results/cpu.json."""
+    rows = [
+        [r["setup"], f"{r['tok_s']:,}", f"{r['padding']:.0%}", r["passes"], r["loss"], r["matmul_gflops"]]
+        for r in results("cpu")
+    ]
+    header = ["setup", "tokens/s", "padding", "passes a step", "loss at the end", "the cores' GFLOP/s"]
+    return markdown(header, rows)
 
 
 def gpu(name: str = "h200") -> str:
@@ -174,6 +175,16 @@ def real() -> str:
     return markdown(["SmolLM2-135M, 4 bits", "", "ROUGE-1", "ROUGE-2", "ROUGE-L", "faithful, as read"], rows)
 
 
+def card() -> str:
+    """The first of the demo's random rows in 04: a dialogue of ours beside the three summaries of it."""
+    with (ROOT / "outputs" / "demo" / "examples.csv").open(encoding="utf-8", newline="") as file:
+        row = next(row for row in csv.DictReader(file) if row["rows"] == "random")
+    cells = {name: text.replace("|", "\\|").replace("\n", "<br>") for name, text in row.items()}
+    answers = [f"**{name}**: {cells[name]}" for name in ("base", "fine-tuned", "reference")]
+    head = [f"dialogue (invented), for the section {cells['section']}", "summary"]
+    return markdown(head, [[cells["dialogue"], "<br><br>".join(answers)]])
+
+
 def comparisons() -> str:
     """SmolLM2 on SAMSum's test split by training rows, and by the bits of its weights, from results/real.json."""
     found = [r for r in results("real") if (r["dataset"], r["split"], r["seed"]) == ("samsum", "test", "mean")]
@@ -206,7 +217,7 @@ def ratings(dataset: str) -> dict[str, dict]:
 
 
 BLOCKS = {  # file: {marker: what stands between <!-- marker --> and <!-- end -->}
-    "README.md": {"real": real, "demo": demo, "speed": speed},
+    "README.md": {"card": card, "real": real, "demo": demo, "speed": speed},
     "benchmarks/README.md": {
         "h200": gpu,
         "h100": before_and_after,

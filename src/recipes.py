@@ -96,7 +96,7 @@ class Training(Section):
     early_stopping_patience: Count | None = None  # stop after n evaluations that are no better; None: never
     load_best_model_at_end: bool = True  # keep the adapter of the best evaluation, not the last
     metric_for_best_model: Literal["loss", "rougeL"] = "loss"  # rougeL: of generated answers to all validation rows
-    sample_rows: Annotated[int, Field(ge=0, le=10**9)] = 1  # validation dialogues summarised at each evaluation
+    sample_rows: Annotated[int, Field(ge=0, le=10**9)] = 3  # validation dialogues summarised at each evaluation
     keep_checkpoints: bool = False  # keep outputs/<run>/checkpoints after success
 
 

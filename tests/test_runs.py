@@ -156,7 +156,7 @@ NOT_TRAINED |= {
     "device": "auto",
     "evaluation.bertscore_model": "some/model",
 }
-NOT_TRAINED |= {"training.sample_rows": 3, "training.keep_checkpoints": True}
+NOT_TRAINED |= {"training.sample_rows": 5, "training.keep_checkpoints": True}
 TRAINED_ON_A_GPU = {"engine.fp8": NOT_TRAINED.pop("engine.fp8")}
 
 

@@ -10,6 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -74,6 +75,19 @@ def choose_rows(metrics: dict, count: int = 3, seed: int = 0) -> dict[str, list[
     lost = [i for i in np.argsort(gain, kind="stable").tolist() if gain[i] < 0][:count]
     rest = [i for i in range(len(gain)) if i not in gained + lost]
     return {"random": random.Random(seed).sample(rest, min(count, len(rest))), "gained": gained, "lost": lost}
+
+
+def examples(predictions: dict[str, list[dict]], chosen: dict[str, list[int]]) -> pd.DataFrame:
+    """The chosen rows as a table: what they are, dialogue, and base, fine-tuned and reference summary."""
+    rows = {
+        (group, predictions["base"][i]["id"]): {"section": predictions["base"][i]["section"]}
+        | {"dialogue": predictions["base"][i]["dialogue"]}
+        | {tables.LABELS[name]: predictions[name][i]["prediction"] for name in ("base", "finetuned")}
+        | {"reference": predictions["base"][i]["reference"]}
+        for group, numbers in chosen.items()
+        for i in numbers
+    }
+    return pd.DataFrame(rows.values(), index=pd.MultiIndex.from_tuples(rows, names=["rows", "id"]))
 
 
 def side_by_side(metrics: dict, predictions: dict[str, list[dict]], chosen: dict[str, list[int]]) -> str:

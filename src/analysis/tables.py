@@ -1,6 +1,5 @@
-"""Tables of one evaluation (from its metrics.json), of all evaluations of a run, and of all runs of a dataset."""
+"""Tables of one evaluation, from its metrics.json."""
 
-import json
 import re
 from decimal import Decimal
 from pathlib import Path
@@ -8,13 +7,13 @@ from pathlib import Path
 import pandas as pd
 
 from src import runs, scoring
+from src.analysis.marks import visible
 
 LABELS = {
     "base": "base",
     "finetuned": "fine-tuned",
     "reference": "(the references)",
 }  # as files name them: as readers do
-MAIN = ("ROUGE-1", "ROUGE-L", "sacreBLEU", "chrF")  # the columns of tables that compare runs
 PUBLISHED = Path(__file__).resolve().parents[2] / "data" / "published_scores.csv"
 PLAIN = re.compile(r"[-+]?[\d.]+%?( \[[-+]?[\d.]+, [-+]?[\d.]+\])?")  # a number, with or without its interval
 
@@ -38,7 +37,7 @@ def digits(column: str) -> int:
     return 1 if column in ("sacreBLEU", "chrF") else 3
 
 
-def _cells(scores: dict, columns=None) -> dict[str, str]:
+def cells(scores: dict, columns=None) -> dict[str, str]:
     return {c: interval(score, digits(c)) for c, score in scores.items() if columns is None or c in columns}
 
 
@@ -48,7 +47,7 @@ def results(metrics: dict, columns=None, clean: bool = False) -> pd.DataFrame:
     for name, system in metrics["systems"].items():
         scores = system["clean"] if clean and metrics["n_clean"] < metrics["n"] else system["all"]
         n = metrics["n_clean"] if clean else metrics["n"]
-        rows[LABELS.get(name, name)] = {"n": n} | _cells(scores or {}, columns)
+        rows[LABELS.get(name, name)] = {"n": n} | cells(scores or {}, columns)
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("system")
 
 
@@ -65,7 +64,7 @@ def published(dataset: str) -> pd.DataFrame:
 def others(scores: dict, columns=None) -> pd.DataFrame:
     """Other systems' and people's summaries, scored here, each on its own rows. `scores`: metrics["others"]."""
     rows = {
-        name: {"split": other["split"], "n": other["n"]} | _cells(other["all"], columns)
+        name: {"split": other["split"], "n": other["n"]} | cells(other["all"], columns)
         for name, other in scores.items()
     }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("system")
@@ -108,111 +107,17 @@ def sections(metrics: dict, column: str = "ROUGE-L") -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("section")
 
 
-def runs_table(dataset: str, current=None) -> pd.DataFrame:
-    """One row for every evaluation of every finished run of a dataset, oldest first; the `current` one is marked.
+def samples(log: list[dict]) -> pd.DataFrame:
+    """The answers to validation dialogues at each evaluation, a column a step; a tick where one is the reference.
 
-    The columns: the settings in which the rows differ, steps, minutes, validation loss, and the fine-tuned scores.
-    Then a row for each setting that was trained with several seeds: mean, 95% interval and standard deviation (SD).
+    log: the rows of train_log.jsonl.
     """
-    found = [run for run in runs.finished() if run.config["recipe"]["data"]["dataset"] == dataset]
-    table = _evaluations(found, current).set_index("run")
-    means = [_over_seeds(group, table) for group in _settings(found) if len(group) > 1]
-    return pd.concat([table, *means]).fillna("") if means else table
-
-
-def about_seeds(current) -> str:
-    """A sentence on how many seeds stand behind an evaluation."""
-    found = runs.finished(current.run.config["recipe"]["name"])
-    group = next((group for group in _settings(found) if (current.run, current) in group), [])
-    seeds = [run.config["recipe"]["seed"] for run, _ in group]
-    if len(seeds) < 2:
-        return "one seed: no evidence about the setting. Train it with other seeds, e.g. OVERRIDES = {'seed': 1}."
-    return f"seeds {', '.join(map(str, seeds))}: the last rows are their means, with intervals over rows and seeds."
-
-
-def _settings(found: list) -> list[list[tuple]]:
-    """[(run, its newest evaluation), ...] for each setting and way of scoring, whatever the seed; one run a seed."""
-    groups = {}
-    for run in found:
-        setting = {key: value for key, value in _trained(run.config).items() if not key.endswith("seed")}
-        setting["base"] = run.config["identity"].get("base")
-        for evaluation in runs.evaluations(run):
-            about = evaluation.config
-            scored = {key: about.get(key) for key in ("split", "rows", "prompts", "generation")}
-            key = json.dumps([setting, scored], sort_keys=True, default=str)
-            groups.setdefault(key, {})[run.config["recipe"]["seed"]] = (run, evaluation)
-    return [list(group.values()) for group in groups.values()]
-
-
-def _over_seeds(group: list[tuple], table: pd.DataFrame) -> pd.DataFrame:
-    """One row under `runs_table`: the setting's fields, and the fine-tuned scores over its seeds, scored again."""
-    scored = []
-    for _, evaluation in group:
-        answers = evaluation.predictions["finetuned"]
-        scored.append(scoring.score_rows([a["prediction"] for a in answers], [a["reference"] for a in answers]))
-    found = scoring.over_seeds(scored, group[0][0].config["recipe"]["seed"])
-    seeds = [run.config["recipe"]["seed"] for run, _ in group]
-    names = {(run.name, evaluation.name) for run, evaluation in group}
-    rows = table[[(run, name.split(" ")[0]) in names for run, name in table["evaluation"].items()]]
-    row = {column: rows[column].iloc[0] if rows[column].nunique() == 1 else "" for column in table} | {"evaluation": ""}
-    row |= {c: f"{interval(found[c], digits(c))}, SD {found[c]['sd']:.{digits(c)}f}" for c in MAIN}
-    return pd.DataFrame([row], index=pd.Index([f"mean of seeds {', '.join(map(str, seeds))}"], name="run"))
-
-
-def _evaluations(found: list, current) -> pd.DataFrame:
-    rows, settings = [], []
-    for run in found:
-        config, manifest = run.config, run.manifest
-        losses = [row["eval_loss"] for row in run.log if "eval_loss" in row]
-        for evaluation in runs.evaluations(run):
-            metrics, about = evaluation.metrics, evaluation.config
-            tuned, base = (metrics["systems"][name]["all"] for name in ("finetuned", "base"))
-            settings.append(_trained(config) | {f"generation.{key}": v for key, v in about["generation"].items()})
-            row = {
-                "run": run.name,
-                "evaluation": evaluation.name + (" (this one)" if evaluation == current else ""),
-                "date": about["created"][:16].replace("T", " "),
-                "split": metrics["split"],
-                "n": metrics["n"],
-                "steps": manifest["steps"],
-                "minutes": f"{manifest['train_seconds'] / 60:.1f}",
-                "best validation loss": f"{min(losses):.3f}" if losses else "",
-                "base ROUGE-L": interval(base["ROUGE-L"], 3),
-            }
-            rows.append((about["created"], row | _cells(tuned, MAIN)))
-    first = ["run", "evaluation", "date", "split", "n"]
-    if not rows:
-        return pd.DataFrame(columns=[*first, "steps", "minutes", "best validation loss", "base ROUGE-L", *MAIN])
-    keys = dict.fromkeys(key for setting in settings for key in setting)
-    differing = [key for key in keys if len({json.dumps(setting.get(key)) for setting in settings}) > 1]
-    changed = pd.DataFrame([{key: _shown(setting.get(key)) for key in differing} for setting in settings])
-    table = pd.DataFrame([row for _, row in rows])
-    table = pd.concat([table[first], changed, table.drop(columns=first)], axis=1)
-    order = sorted(range(len(rows)), key=lambda i: rows[i][0])
-    return table.iloc[order]
-
-
-def _trained(config: dict) -> dict:
-    """What was trained, as {dotted name: value}: the recipe's fields, and what only a cell's objects can change."""
-    recipe, fields = config["recipe"], {}
-    for name, value in recipe.items():
-        if isinstance(value, dict) and name not in ("evaluation", "generation", "engine"):
-            fields |= {f"{name}.{key}": part for key, part in value.items()}
-        elif not isinstance(value, dict) and name not in ("name", "device"):
-            fields[name] = value
-    for section in ("lora", "training"):
-        fields |= {
-            f"{section}.{key}": value
-            for key, value in config["identity"][section].items()
-            if key not in recipe and key not in recipe[section]
-        }
-    return fields
-
-
-def _shown(value) -> str:
-    if value is None:
-        return ""
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    rows = {}
+    for row in (row for row in log if "sample" in row):
+        right = row["sample"].split() == row["reference"].split()
+        answers = rows.setdefault(row["id"], {"reference": row["reference"]})
+        answers[f"step {row['step']}"] = f"{row['sample']} ✓" if right else row["sample"]
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("dialogue").map(visible).fillna("")
 
 
 def save(folder: Path, name: str, table: pd.DataFrame) -> Path:

@@ -8,6 +8,7 @@ import sys
 import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object, send_to_device
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
@@ -21,6 +22,8 @@ CHECK, HALF = 8, 0.5  # recorded steps between two looks at who has ended; ended
 PREFILL = 16384  # prompt tokens read in one forward pass, about
 SAMPLING = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0}  # transformers' defaults
 OTHERS = dict(num_beams=1, early_stopping=False, length_penalty=1.0, no_repeat_ngram_size=0, repetition_penalty=1.0)
+# cuDNN's attention fails on hundreds of padded beams (H200, torch 2.11: "Expected mha_graph.execute(...)")
+PADDED_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 FREE = {*SAMPLING, "max_new_tokens", "min_new_tokens", "eos_token_id", "pad_token_id", "bos_token_id"}
 
 
@@ -152,7 +155,8 @@ def _decode_padded(model, prompts: list[list[int]], config, draw, bar) -> list[l
     greedy = copy.deepcopy(config)
     greedy.update(**SAMPLING)
     drawn = LogitsProcessorList([draw] if draw else [])
-    output = model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy, logits_processor=drawn)
+    with sdpa_kernel(PADDED_ATTENTION):
+        output = model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy, logits_processor=drawn)
     return output[:, ids.shape[1] :].tolist()
 
 

@@ -3,6 +3,7 @@
 import torch
 import transformers
 from peft import PeftModel
+from torch.nn.attention import sdpa_kernel
 
 from src import engine, prompts, qlora
 from src.engine import batches, decode
@@ -45,7 +46,8 @@ def generate_right_padded(model, tokenizer, rows, generation) -> list[dict]:
         width = max(map(len, part)) + 1
         ids = torch.tensor([p + [tokenizer.pad_token_id] * (width - len(p)) for p in part], device=model.device)
         mask = torch.tensor([[1] * len(p) + [0] * (width - len(p)) for p in part], device=model.device)
-        output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        with sdpa_kernel(decode.PADDED_ATTENTION):
+            output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
         found += output[:, width:].tolist()
     transformers.logging.set_verbosity(verbosity)
     return [decode.answer(row, new, tokenizer, config.eos_token_id) for row, new in zip(rows, found, strict=True)]

@@ -62,3 +62,21 @@ def test_figures_are_files_dark_on_white_in_any_style(tmp_path, metrics):
     corner, label = plt.imread(path)[0, 0], fig.axes[0].xaxis.label
     assert corner.tolist() == [1, 1, 1, 1] and to_hex(label.get_color()) == "#000000"
     assert len(set(figures.COLORS.values())) == 3
+
+
+def test_systems_are_dots_the_best_on_top_and_sections_pairs_the_largest_gain_on_top(metrics):
+    first, second = figures.systems(metrics).axes
+    assert [label.get_text() for label in first.get_yticklabels()] == ["base", "fine-tuned"]
+    assert [line.get_xydata().tolist() for line in first.lines] == [
+        [[0.125, 0], [0.375, 0]], [[0.25, 0]], [[0.75, 1], [1.0, 1]], [[0.875, 1]],
+    ]  # fmt: skip
+    assert [line.get_xydata().tolist() for line in second.lines] == [[[0.25, 0]], [[0.58333, 1]]]
+    for name, gain in (("ALLERGY", 0.7), ("PLAN", -0.2)):
+        for system, value in (("base", 0.25), ("finetuned", 0.25 + gain)):
+            cell = {"n": 1, "ROUGE-L": {"value": value, "low": None, "high": None}}
+            metrics["systems"][system]["sections"][name] = cell
+    (axis,) = figures.sections(metrics).axes
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["PLAN (n=1)", "CC (n=2)", "ALLERGY (n=1)"]
+    for system in ("base", "finetuned"):
+        metrics["systems"][system]["sections"] = {}
+    assert figures.sections(metrics) is None

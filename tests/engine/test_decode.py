@@ -285,3 +285,16 @@ def test_draws_have_the_models_probabilities():
     drawn = decode.SeededSampling(config, range(3000), seed=0)(None, scores).argmax(-1)
     shares = drawn.bincount(minlength=4) / 3000
     assert shares[2:].sum() == 0 and shares[0].item() == pytest.approx(2 / 3, abs=0.03)  # 3.5 standard errors
+
+
+def test_padded_prompts_never_meet_cudnns_attention(model, answers, monkeypatch):
+    seen, whole = [], model.generate
+
+    def generate(**arguments):
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return whole(**arguments)
+
+    monkeypatch.setattr(model, "generate", generate)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    answers()
+    assert before and seen == [False] and torch.backends.cuda.cudnn_sdp_enabled()
