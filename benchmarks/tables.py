@@ -216,6 +216,62 @@ def ratings(dataset: str) -> dict[str, dict]:
         return {row["what was read"]: row for row in csv.DictReader(file)}
 
 
+def two_gpus() -> str:
+    """Several GPUs beside one, from results/two_gpus.json, where that was measured."""
+    if not (RESULTS / "two_gpus.json").is_file():
+        return "Not measured yet."
+    rows, steps = [], []
+    for r in results("two_gpus"):
+        rate = r.get("tok_s") or r.get("new_tok_s")
+        held = r.get("weights_gib", [])
+        peak = max(r["peak_gib"]) if isinstance(r.get("peak_gib"), list) else r.get("peak_gib", "")
+        what = r["error"] if "error" in r else f"{rate:,}" if rate else f"{r.get('seconds_a_step', '')} s a step"
+        if "ms_a_step" in r:
+            steps.append(f"{r['setup']}: " + ", ".join(f"{kind} {value:g}" for kind, value in r["ms_a_step"].items()))
+        else:
+            held = f"{max(held):.1f}" if held else ""
+            rows.append([r["setup"], r["gpus"], what, r.get("speedup", ""), held, peak, r.get("gpu", "")])
+    header = ["setup", "GPUs", "tokens/s", "times one GPU", "GiB a GPU between steps", "peak GiB a GPU", "GPU"]
+    told = ["Milliseconds of a step, by kind (kernels: how many):", "", *(f"- {line}" for line in steps)]
+    return "\n".join([markdown(header, rows), *(["", *told] if steps else [])])
+
+
+TOKENS, ADAPTER = 202, 335.5e6  # a SAMSum row; bytes of the gradients of rank 32 on all linear layers, in float32
+LINKS = {"NVLink": 329e9, "100 Gbit/s": 12.5e9}  # bytes a second; NVLink as measured with NCCL on two H100s
+
+
+def step_seconds(rows: int, gpus: int, link: str) -> float:
+    """Seconds of an optimizer step, calculated: one GPU's share as measured on one H200, then the sum of gradients.
+
+    A pass takes as long as launching its kernels (a step of 3 rows is nothing else), or as long as its tokens.
+    """
+    found = {r["setup"]: r["tok_s"] for r in results("h200") if "tok_s" in r}
+    floor, share = 3 * TOKENS / found["ours_batch_3"], TOKENS * rows / gpus
+    rate = found["ours_64gib"] if rows / gpus >= 32 else found["ours_batch_16"]
+    return max(floor, share / rate) + 2 * (gpus - 1) / gpus * ADAPTER / LINKS[link] * (gpus > 1)
+
+
+def spread() -> str:
+    """What several GPUs bring and cost, by calculation: 7,366 SAMSum rows for 3 epochs."""
+    lines = []
+    for rows in (16, 54, 432):
+        for gpus, link in ((1, "NVLink"), (2, "NVLink"), (8, "NVLink"), (8, "100 Gbit/s")):
+            seconds = step_seconds(rows, gpus, link)
+            minutes = 3 * 7366 / rows * seconds / 60
+            where = f"{gpus} machines" if link != "NVLink" else f"{gpus} GPU{'s' * (gpus > 1)}"
+            times = step_seconds(rows, 1, link) / seconds
+            lines.append(
+                [f"one run, {rows} rows a step", where, f"{times:.1f}", f"{minutes:.1f}", f"{minutes * gpus:.1f}"]
+            )
+    minutes = 3 * 7366 / 16 * step_seconds(16, 1, "NVLink") / 60
+    for gpus in (1, 2, 8, 64):
+        where = f"{gpus} GPUs, a run each" if gpus > 1 else "1 GPU"
+        lines.append(
+            ["64 runs, 16 rows a step", where, f"{gpus:.1f}", f"{64 * minutes / gpus:.0f}", f"{64 * minutes:.0f}"]
+        )
+    return markdown(["what (calculated)", "on", "times as fast", "minutes of training", "GPU minutes"], lines)
+
+
 BLOCKS = {  # file: {marker: what stands between <!-- marker --> and <!-- end -->}
     "README.md": {"card": card, "real": real, "demo": demo, "speed": speed},
     "benchmarks/README.md": {
@@ -225,6 +281,8 @@ BLOCKS = {  # file: {marker: what stands between <!-- marker --> and <!-- end --
         "signs": signs,
         "coverage": coverage,
         "comparisons": comparisons,
+        "two_gpus": two_gpus,
+        "spread": spread,
     },  # fmt: skip
 }
 

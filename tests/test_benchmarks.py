@@ -2,13 +2,14 @@
 
 import dataclasses
 import importlib
+import json
 
 import numpy as np
 import pytest
 import torch
 from transformers import MistralConfig, TrainingArguments
 
-from benchmarks import coverage, pictures, real, speed, tables
+from benchmarks import coverage, pictures, real, speed, tables, two_gpus
 from src import recipes, scoring
 from src.engine import planning
 
@@ -212,3 +213,35 @@ def test_pictures_draw_every_committed_result_and_their_tables_are_the_committed
         committed = tables.ROOT / path.relative_to(tmp_path)
         assert committed.is_file() and path.stat().st_size > (10_000 if path.suffix == ".png" else 300)
         assert path.suffix == ".png" or path.read_text() == committed.read_text()
+
+
+def test_two_gpus_are_shown_beside_one_with_errors_and_memory(tmp_path, monkeypatch):
+    found = {
+        "train_1_16": {"setup": "train_1_16", "gpus": 1, "tok_s": 1000, "peak_gib": 30.5, "gpu": "X"},
+        "train_2_16": {"setup": "train_2_16", "gpus": 2, "tok_s": 1250, "peak_gib": 30.25, "gpu": "X"},
+        "fsdp2_2": {
+            "setup": "fsdp2_2",
+            "gpus": 2,
+            "weights_gib": [2.5, 2.25],
+            "peak_gib": [7, 8],
+            "seconds_a_step": 1.5,
+        },
+        "fsdp1_2": {"setup": "fsdp1_2", "gpus": 2, "error": "ended with code 1", "said": ""},
+        "profile_2_16": {"setup": "profile_2_16", "gpus": 2, "ms_a_step": {"wall": 170.5, "communication": 1.25}},
+    }
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert tables.two_gpus() == "Not measured yet."
+    (tmp_path / "two_gpus.json").write_text(json.dumps(two_gpus.with_speedup(found)), encoding="utf-8")
+    lines = tables.two_gpus().splitlines()
+    assert "| train_2_16 | 2 | 1,250 | 1.25 |  | 30.25 | X |" in lines
+    assert "| train_1_16 | 1 | 1,000 |  |  | 30.5 | X |" in lines
+    assert "| fsdp2_2 | 2 | 1.5 s a step |  | 2.5 | 8 |  |" in lines
+    assert any(line.startswith("| fsdp1_2 | 2 | ended with code 1 |") for line in lines)
+    assert "- profile_2_16: wall 170.5, communication 1.25" in lines
+
+
+def test_a_shared_step_is_never_shorter_than_launching_it():
+    one, two, eight = (tables.step_seconds(16, gpus, "NVLink") for gpus in (1, 2, 8))
+    assert one == pytest.approx(16 * 202 / 17135) and 0.169 < two < eight < one
+    assert tables.step_seconds(432, 8, "NVLink") == pytest.approx(54 * 202 / 18709 + 7 / 4 * 335.5e6 / 329e9)
+    assert tables.step_seconds(16, 8, "100 Gbit/s") > one
