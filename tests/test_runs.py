@@ -328,6 +328,19 @@ def test_another_base_model_is_another_run_and_its_weights_are_what_counts(root,
     assert name() != usual
 
 
+def test_an_adapter_names_a_base_outside_of_the_repository_without_its_path(root, tmp_path):
+    folder = shutil.copytree(root / "models" / "tiny", tmp_path / "home" / "ann" / "tiny")
+    run = finish(opened({"base_model": str(folder)}), train=False)
+    for path in run.adapter.iterdir():  # what a person publishes
+        assert str(tmp_path).encode() not in path.read_bytes(), path.name
+    assert (
+        json.loads((run.adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        == "tiny"
+    )
+    recipe = run.recipe()
+    assert qlora.load_finetuned(run, recipe, qlora.load_tokenizer(recipe)) is not None
+
+
 @pytest.fixture
 def hub(root, monkeypatch):
     """A hub cache with the model someone/tiny: returns a function that points its branch main at a new commit."""
