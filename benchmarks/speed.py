@@ -30,19 +30,15 @@ TRAIN = {  # setup: overrides of samsum_best; rows a step, steps, and what limit
     "ours_64gib": {ROWS: 54, "training.max_steps": 25, "engine.memory_gib": 64.0},
     "ours_checkpointed": {ROWS: 32, "training.max_steps": 25, "engine.memory_gib": 10.0, "engine.checkpointing": "on"},
     "ours_batch_16": {ROWS: 16, "training.max_steps": 60},
-    "ours_batch_3": {ROWS: 3, "training.max_steps": 120},
-    "ours_batch_3_dropout": {ROWS: 3, "training.max_steps": 60, "lora.lora_dropout": 0.1},  # as `samsum`
+    "ours_batch_3": {ROWS: 3, "training.max_steps": 120, "engine.graphs": "off"},
+    "ours_batch_3_dropout": {
+        ROWS: 3,
+        "training.max_steps": 60,
+        "engine.graphs": "off",
+        "lora.lora_dropout": 0.1,  # as `samsum`
+    },
     "ours_dropout": {ROWS: 54, "training.max_steps": 15, "lora.lora_dropout": 0.1},
     "ours_fp8": {ROWS: 54, "training.max_steps": 25, "engine.memory_gib": 64.0, "engine.fp8": "on"},
-    "ours_bf16_unlimited": {ROWS: 54, "training.max_steps": 25},  # beside ours_fp8_unlimited
-    "ours_fp8_unlimited": {ROWS: 54, "training.max_steps": 25, "engine.fp8": "on"},
-    "ours_fp8_checkpointed": {
-        ROWS: 32,
-        "training.max_steps": 25,
-        "engine.memory_gib": 10.0,
-        "engine.checkpointing": "on",
-        "engine.fp8": "on",
-    },
     "ours_batch_3_graphs": {ROWS: 3, "training.max_steps": 300, "engine.graphs": "on"},
     "ours_batch_3_dropout_graphs": {
         ROWS: 3,
@@ -149,7 +145,7 @@ def train(folder: str, setup: str, part: str = "sample", overrides=None, warmup:
     from peft import get_peft_model
 
     from src import engine, qlora
-    from src.engine import graphs, planning
+    from src.engine import planning
 
     objects = setup_of(folder, TRAIN[setup] if overrides is None else overrides)
     recipe, device, quantization, lora, arguments = objects
@@ -189,7 +185,6 @@ def train(folder: str, setup: str, part: str = "sample", overrides=None, warmup:
         "load_seconds": round(loaded - start, 1),
         "first_steps_seconds": round(first["seconds"], 1),
         "recorded": trainer.recorded,  # sizes of steps
-        "refused": graphs.refused,
         "losses": [row["loss"] for row in log[:: max(1, len(log) // 4)]],
         "retries": len(trainer.failed_plans),
         "plan": dataclasses.asdict(trainer.plan),
@@ -198,7 +193,7 @@ def train(folder: str, setup: str, part: str = "sample", overrides=None, warmup:
     }
 
 
-def answers_in(model, tokenizer, encoded, tokens: int, graphs: bool = False) -> tuple[float, int]:
+def answers_in(model, tokenizer, encoded, tokens: int) -> tuple[float, int]:
     """Seconds and new tokens of answering every prompt with exactly so many tokens."""
     import torch
     from transformers import GenerationConfig
@@ -208,7 +203,7 @@ def answers_in(model, tokenizer, encoded, tokens: int, graphs: bool = False) -> 
     exactly = GenerationConfig(max_new_tokens=tokens, min_new_tokens=tokens)
     torch.cuda.synchronize()
     start = time.perf_counter()
-    answers = engine.generate(model, tokenizer, encoded, exactly, progress=False, graphs=graphs)
+    answers = engine.generate(model, tokenizer, encoded, exactly, progress=False)
     torch.cuda.synchronize()
     return time.perf_counter() - start, sum(a["tokens"] for a in answers)
 
@@ -232,12 +227,12 @@ def generate(folder: str, setup: str) -> dict:
     model, tokenizer = loaded_model(folder, {})
     if "4bit" not in setup and engine.dequantized_fits(model):
         engine.dequantize(model)
-    encoded, graphs = rows("test"), "graphs" in setup
-    answers_in(model, tokenizer, encoded.select(range(8)), 64, graphs)  # warm-up
+    encoded = rows("test")
+    answers_in(model, tokenizer, encoded.select(range(8)), 64)  # warm-up
     torch.cuda.reset_peak_memory_stats()
     with model.disable_adapter():
-        base, new = answers_in(model, tokenizer, encoded, 64, graphs)
-    tuned, _ = answers_in(model, tokenizer, encoded, 64, graphs)
+        base, new = answers_in(model, tokenizer, encoded, 64)
+    tuned, _ = answers_in(model, tokenizer, encoded, 64)
     return {
         "setup": setup,
         "ours": True,

@@ -83,7 +83,7 @@ def _peer(r: dict) -> list:
 
 def _ours(r: dict) -> list:
     p = r["plan"]
-    weights = "16-bit weights" if p["dequantized"] else "4-bit weights"
+    weights = "8-bit weights" if p.get("fp8") else "16-bit weights" if p["dequantized"] else "4-bit weights"
     plan = f"{p['passes']} x {p['tokens']:,} tokens, {weights}" + (", checkpointing" if p["checkpointing"] else "")
     cap = f" (limit {r['capped_gib']:.0f} GiB)" if r["capped_gib"] else ""
     rates = [f"{r['tok_s']:,}", r["samples_s"], f"{r['matmul_share']:.0%} of {r['matmul_tflops']} TFLOP/s"]

@@ -128,7 +128,7 @@ class Engine(Section):  # how a machine computes: never changes which run it is 
     memory_gib: Annotated[float, Field(gt=0, le=10**5)] | None = None  # plan for at most this; None: for what is free
     tokens_per_pass: Count | None = None  # at most, in a forward pass of training; None: planned
     fp8: Literal["on", "off"] = "off"  # frozen products of training in 8 bits: faster from an H100 on, and another run
-    graphs: Literal["auto", "on", "off"] = "off"  # CUDA graphs of training steps; auto: for short steps
+    graphs: Literal["auto", "on", "off"] = "auto"  # CUDA graphs of training steps; auto: below 2,000 tokens a step
     dequantize: Literal["auto", "on", "off"] = "auto"  # 03: NF4 to 16-bit weights once, same function, faster
     batch_size: Count | None = None  # prompts decoded together; None: chosen from the free memory
 

@@ -59,7 +59,7 @@ def on_gpu(monkeypatch):
             output_dir="unused", seed=recipe.seed, use_cpu=True, **recipe.training.model_dump(exclude=ours)
         )
         quantization = type(
-            "Quantization", (), recipe.quantization.model_dump() | {"bnb_4bit_compute_dtype": torch.float16}
+            "Quantization", (), recipe.quantization.model_dump() | {"bnb_4bit_compute_dtype": torch.bfloat16}
         )
         options = recipe.engine.model_dump(exclude={"dequantize", "batch_size"})
         lora = LoraConfig(**recipe.lora.model_dump())

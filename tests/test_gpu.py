@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig, TrainingArguments
 
 from src import data, engine, prompts, qlora, recipes, runs
-from src.engine import batches, dropout, fp8, graphs, planning, trainer, weights
+from src.engine import batches, dropout, fp8, planning, trainer, weights
 from src.engine.attention import rows_stay_apart, varlen_attention
 
 pytestmark = [
@@ -213,12 +213,11 @@ def test_products_in_fp8_agree_with_the_plain_functions(tokens):
     assert close(found.cpu().double(), exact, 0.06)
 
 
-@pytest.mark.parametrize("checkpointing", ["off", "on"])
-def test_training_in_fp8_falls_as_far_as_in_16_bits(tmp_path, checkpointing):
+def test_training_in_fp8_falls_as_far_as_in_16_bits(tmp_path):
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("needs compute capability 9.0")
-    fast, value = trained(tmp_path, "cuda", **{"engine.fp8": "on", "engine.checkpointing": checkpointing})
-    _, expected = trained(tmp_path, "cuda", **{"engine.checkpointing": checkpointing})
+    fast, value = trained(tmp_path, "cuda", **{"engine.fp8": "on"})
+    _, expected = trained(tmp_path, "cuda")
     print("fp8", value, "16 bits", expected)
     assert fast.plan.fp8 and value != expected and value == pytest.approx(expected, rel=0.05)
 
@@ -228,18 +227,18 @@ def test_recorded_steps_train_what_plain_ones_do(tmp_path, monkeypatch, rate):
     """Recorded; the same padded steps launched one kernel after the other; and not padded, with the same masks."""
     dropout_rate = {"lora.lora_dropout": rate}
     fast, recorded = trained(tmp_path, "cuda", **{"engine.graphs": "on"}, **dropout_rate)
-    assert fast.plan.graphs and fast.recorded and not graphs.refused, graphs.refused
+    assert fast.plan.graphs and fast.recorded > 0
 
     class Launched(trainer.StepGraphs):
         def __init__(self, *args):
             super().__init__(*args)
-            self.on = (None, None)
+            self.stream = None
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "StepGraphs", Launched)
         _, launched = trained(tmp_path, "cuda", **{"engine.graphs": "on"}, **dropout_rate)
-    monkeypatch.setattr(planning, "SHORT", 0)  # fused although dropout's steps are short
-    _, plain = trained(tmp_path, "cuda", **dropout_rate)
+    monkeypatch.setattr(planning, "DROPOUT_TOKENS", 0)  # fused although dropout's steps are short
+    _, plain = trained(tmp_path, "cuda", **{"engine.graphs": "off"}, **dropout_rate)
     print("recorded", recorded, "launched", launched, "plain", plain)
     assert recorded == pytest.approx(launched, rel=5e-3) and recorded == pytest.approx(plain, rel=1e-2)
 
@@ -248,21 +247,6 @@ def test_recorded_steps_in_fp8(tmp_path):
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("needs compute capability 9.0")
     fast, recorded = trained(tmp_path, "cuda", **{"engine.graphs": "on", "engine.fp8": "on"})
-    _, plain = trained(tmp_path, "cuda", **{"engine.fp8": "on"})
-    assert fast.plan.graphs and fast.recorded and not graphs.refused, graphs.refused
+    _, plain = trained(tmp_path, "cuda", **{"engine.fp8": "on", "engine.graphs": "off"})
+    assert fast.plan.graphs and fast.recorded > 0
     assert recorded == pytest.approx(plain, rel=1e-2)
-
-
-def test_recorded_decoding_answers_as_without():
-    *_, tokenizer, model, rows = load(count=40)
-    greedy, least = GenerationConfig(max_new_tokens=40), GenerationConfig(max_new_tokens=20, min_new_tokens=12)
-    sampled = GenerationConfig(max_new_tokens=30, do_sample=True, temperature=0.7)
-    for config in (greedy, least, sampled):
-        plain = engine.generate(model, tokenizer, rows, config, seed=3, progress=False)
-        found = engine.generate(model, tokenizer, rows, config, seed=3, progress=False, graphs=True)
-        assert not graphs.refused, graphs.refused
-        same = sum(a["prediction"] == b["prediction"] for a, b in zip(plain, found, strict=True))
-        assert same >= len(rows) - 4  # products of other sizes may round a near tie the other way
-        assert len({answer["tokens"] for answer in plain}) > 1 or config is least
-    with model.disable_adapter():
-        engine.generate(model, tokenizer, rows, greedy, progress=False, graphs=True)

@@ -1,7 +1,6 @@
 """Batched decoding: one answer a row, in the order of the rows, the same whatever the batch."""
 
 import copy
-import functools
 import itertools
 import sys
 
@@ -14,11 +13,10 @@ from tqdm import tqdm
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 from transformers.generation import logits_process
 
-from src.engine import graphs, weights
+from src.engine import weights
 from src.engine.attention import flat_rows, has_varlen, rows_stay_apart
 from src.engine.fuse import available, fused
 
-CHECK, HALF = 8, 0.5  # recorded steps between two looks at who has ended; ended rows stay until so many are left
 PREFILL = 16384  # prompt tokens read in one forward pass, about
 SAMPLING = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0}  # transformers' defaults
 OTHERS = dict(num_beams=1, early_stopping=False, length_penalty=1.0, no_repeat_ngram_size=0, repetition_penalty=1.0)
@@ -29,9 +27,8 @@ FREE = {*SAMPLING, "max_new_tokens", "min_new_tokens", "eos_token_id", "pad_toke
 
 @torch.inference_mode()
 def generate(
-    model, tokenizer, rows, generation, seed=0, batch_size=None, label="", progress=True, keep=None, graphs=False,
-    rank=0, ranks=1,
-):  # fmt: skip
+    model, tokenizer, rows, generation, seed=0, batch_size=None, label="", progress=True, keep=None, rank=0, ranks=1
+):
     """Answer every prompt of `rows`, as many at a time as memory holds, longest first.
 
     rows: a dataset with id, prompt_ids and cut_tokens. generation: a GenerationConfig. seed: of sampling. keep: where
@@ -46,7 +43,7 @@ def generate(
     model.eval()
     config = complete(generation, tokenizer, model)
     flat = unpadded(model, config)
-    decode = functools.partial(_decode_flat, recorded=graphs) if flat else _decode_padded
+    decode = _decode_flat if flat else _decode_padded
     lengths, found = [len(row["prompt_ids"]) for row in rows], dict(keep.found) if keep else {}
     own = sorted(range(len(rows)), key=lambda i: -lengths[i])[rank::ranks]  # whatever is found: all share alike
     waiting, quiet = [i for i in own if i not in found], not progress or rank > 0
@@ -183,11 +180,8 @@ class FlatCache(DynamicCache):
         return {"past_key_values": self, "use_cache": True, "cu_seq_lens_k": begin.int(), "seqused_k": used.int()}
 
 
-def _decode_flat(model, prompts: list[list[int]], config, draw, bar, recorded: bool) -> list[list[int]]:
-    """New token ids of each prompt. Unlike transformers' `generate`, computes no padding, and no row after its EOS.
-
-    Recorded, a few rows are computed further for a while, as every number of rows needs a graph of its own.
-    """
+def _decode_flat(model, prompts: list[list[int]], config, draw, bar) -> list[list[int]]:
+    """New token ids of each prompt. Unlike transformers' `generate`, computes no padding, and no row after its EOS."""
     device, count = model.device, len(prompts)
     lengths = torch.tensor([len(p) for p in prompts])
     cache = FlatCache((lengths + config.max_new_tokens).to(device))
@@ -208,27 +202,20 @@ def _decode_flat(model, prompts: list[list[int]], config, draw, bar, recorded: b
 
     rows, used, tokens = torch.arange(count, device=device), lengths.to(device), next_tokens(torch.cat(first), 0)
     found = torch.full((count, config.max_new_tokens), config.pad_token_id, device=device)
-    going, longest, replay = torch.ones_like(rows, dtype=torch.bool), int(lengths.max()) + config.max_new_tokens, None
-    on = (graphs.stream(device), torch.cuda.graph_pool_handle()) if recorded and device.type == "cuda" else (None, 0)
-
-    def forward():
-        each = torch.arange(len(rows) + 1, device=device, dtype=torch.int32)  # a query a row
-        inputs = {"input_ids": tokens[None], "position_ids": used[None], "cu_seq_lens_q": each}
-        inputs |= {"max_length_q": 1, "max_length_k": longest}
-        return model(**inputs | cache.stretch(rows, used + 1, cache.begin[rows] + used)).logits[0]
-
+    longest = int(lengths.max())
     for step in range(1, config.max_new_tokens + 1):
         found[rows, step - 1] = tokens
-        going &= torch.isin(tokens, ends, invert=True)
-        left = len(rows) if recorded and step % CHECK else int(going.sum())
-        if not left or step == config.max_new_tokens:
+        going = torch.isin(tokens, ends, invert=True)
+        rows, used, tokens = rows[going], used[going], tokens[going]
+        bar.update(len(going) - len(rows))
+        if not len(rows) or step == config.max_new_tokens:
             break
-        if replay is None or left < len(rows) * (HALF if recorded else 1):
-            bar.update(len(rows) - left)
-            if draw:
-                draw.generators = list(itertools.compress(draw.generators, going.tolist()))
-            rows, used, tokens, going = (x[going] for x in (rows, used, tokens, going))
-            replay = graphs.record(forward, *on)
-        tokens.copy_(next_tokens(replay(), step))
-        used += 1
+        if draw:
+            draw.generators = list(itertools.compress(draw.generators, going.tolist()))
+        each = torch.arange(len(rows) + 1, device=device, dtype=torch.int32)  # a query a row
+        inputs = {"input_ids": tokens[None], "position_ids": used[None], "cu_seq_lens_q": each}
+        inputs |= {"max_length_q": 1, "max_length_k": longest + step}
+        inputs |= cache.stretch(rows, used + 1, cache.begin[rows] + used)
+        tokens = next_tokens(model(**inputs).logits[0], step)
+        used = used + 1
     return found.tolist()

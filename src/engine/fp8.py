@@ -20,11 +20,6 @@ def quantize(x, by=None, *others):
     return (y / scale).to(E4M3), scale
 
 
-@one_kernel
-def turned(x):
-    return x.t().contiguous()
-
-
 def product(a, scale, b, scale_b, dtype) -> torch.Tensor:
     """(rows of a, rows of b): scale (rows of a, 1) a b^T scale_b (1, rows of b)."""
     if a.is_cuda:
@@ -38,7 +33,7 @@ def across(rows: list[tuple]) -> tuple[torch.Tensor, ...]:
     A gradient's columns are multiplied with the scales before they are rounded, so the same 8-bit weights serve.
     """
     scales = torch.cat([scale for _, scale in rows]).flatten()
-    weights = turned(torch.cat([weight.view(torch.uint8) for weight, _ in rows])).view(E4M3)
+    weights = torch.cat([weight.view(torch.uint8) for weight, _ in rows]).t().contiguous().view(E4M3)
     return scales, weights, scales.new_ones(1, len(weights))
 
 

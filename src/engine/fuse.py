@@ -35,11 +35,11 @@ def fusable(*modules) -> bool:
 
 
 @contextmanager
-def fused(model, enabled: bool = True, in_fp8: bool = False, keep: bool = False):
+def fused(model, enabled: bool = True, in_fp8: bool = False):
     """Compute the layers of a PeftModel through `lora` and `elementwise`; yield how many modules that replaced.
 
     Others keep their forward, as do all while the adapter is disabled. A model that is fused already stays as it is.
-    in_fp8, keep: see `Group.use_fp8`.
+    in_fp8: see `Group.use_fp8`.
     """
     forwards, groups, rotated = {}, [], set()
     modules = list(model.modules()) if enabled else []
@@ -61,7 +61,7 @@ def fused(model, enabled: bool = True, in_fp8: bool = False, keep: bool = False)
     copies = [copy for group in groups for copy in group.copies]
     factors = [factor for group in groups for factor in group.factors]
     for group in groups if in_fp8 else ():
-        group.use_fp8(keep)
+        group.use_fp8()
 
     def renew(*_):
         with torch.no_grad():

@@ -33,20 +33,14 @@ class Group:
         self.a = torch.cat([low.detach() for low in lows]).to(dtype)  # all A of the group under each other
         self.bs = [high.detach().to(dtype) for high in highs]
         self.copies = [*self.a.split(self.ranks), *self.bs]  # `fused` renews them before every forward pass
-        self.in_fp8, self.kept = False, ()
+        self.rows = self.across = ()
 
-    def use_fp8(self, keep: bool):
-        """Compute the frozen products of training through `fp8`. `keep`: their weights stay in memory, twice a byte."""
-        layers = [m.get_base_layer() for m in self.modules]
-        self.in_fp8 = all(n % 16 == 0 for layer in layers for n in (layer.in_features, layer.out_features))
-        self.kept = (self.frozen(False), self.frozen(True)) if keep and self.in_fp8 else ()
-
-    def frozen(self, transposed: bool):
-        """The weights for `fp8.forward` or, transposed, for `fp8.backward`."""
-        if self.kept:
-            return self.kept[transposed]
-        rows = [fp8.quantize(base_weight(module, self.a.dtype)) for module in self.modules]
-        return fp8.across(rows) if transposed else rows
+    def use_fp8(self):
+        """Compute the frozen products of training through `fp8`, from two copies of the weights, a byte a weight."""
+        weights = [base_weight(module, self.a.dtype) for module in self.modules]
+        if all(n % 16 == 0 for weight in weights for n in weight.shape):  # others the product refuses
+            self.rows = [fp8.quantize(weight) for weight in weights]
+            self.across = fp8.across(self.rows)
 
     @property
     def seeds(self) -> torch.Tensor | None:
@@ -61,8 +55,8 @@ class Group:
 
     def project(self, x, u) -> list[torch.Tensor]:
         """Every projection of x (T, in)."""
-        if self.in_fp8 and not torch.is_inference_mode_enabled():  # answers and validation losses: 16 bits
-            parts = zip(fp8.forward(x, self.frozen(False)), self.bs, u.split(self.ranks, 1), strict=True)
+        if self.rows and not torch.is_inference_mode_enabled():  # answers and validation losses: 16 bits
+            parts = zip(fp8.forward(x, self.rows), self.bs, u.split(self.ranks, 1), strict=True)
             return [y.addmm_(part, b.t()) for y, b, part in parts]
         parts = zip(self.modules, self.bs, u.split(self.ranks, 1), strict=True)
         return [(part @ b.t()).addmm_(x, base_weight(module, x.dtype).t()) for module, b, part in parts]
@@ -73,8 +67,8 @@ class Group:
         scale = self.scale if seeds is None else self.scale / (1 - self.p)
         for part, g, b in zip(du.split(self.ranks, 1), grads, self.bs, strict=True):
             torch.addmm(part, g, b, beta=0, alpha=scale, out=part)
-        if self.in_fp8:
-            dx = fp8.backward(grads, *self.frozen(True))
+        if self.across:
+            dx = fp8.backward(grads, *self.across)
             low = None if seeds is None else dropout.input_gradient(du, self.a, seeds, self.p)
             return (dx.addmm_(du, self.a) if seeds is None else dx.add_(low)), du
         dx = du @ self.a if seeds is None else dropout.input_gradient(du, self.a, seeds, self.p)

@@ -201,7 +201,7 @@ class FastTrainer(Trainer):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         try:
-            with fused(self.model, self.plan.fused, self.plan.fp8, self.plan.dequantized), short_walks(self.model):
+            with fused(self.model, self.plan.fused, self.plan.fp8), short_walks(self.model):
                 return super().train(resume_from_checkpoint=checkpoint)
         except torch.OutOfMemoryError:
             if self.args.world_size > 1:  # the others wait for this one's gradients
@@ -224,7 +224,7 @@ class FastTrainer(Trainer):
         if plan is None:
             raise PlanError(
                 "The GPU's memory does not hold one training step, one row at a time with 4-bit weights and "
-                "checkpointing. Lower prompt.max_tokens or lora.r, or free the GPU."
+                "checkpointing, or in fp8. Lower prompt.max_tokens or lora.r, set engine.fp8 to 'off', or free the GPU."
             )
         if self.quantized and not plan.dequantized:
             weights.requantize(self.model, self.quantized)

@@ -102,19 +102,6 @@ def test_decoding_without_padding_drops_rows_as_they_finish(model, tokenizer, ro
     assert answers(late) == later
 
 
-@pytest.mark.parametrize("config", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize(("check", "half"), [(1, 0.5), (2, 0.5), (3, 1.0), (50, 0.5)])
-def test_rows_that_ended_may_be_computed_further_for_a_while(rows, answers, flat, monkeypatch, config, check, half):
-    plain, recorded = answers(config, seed=3), []
-    monkeypatch.setattr(decode, "CHECK", check)
-    monkeypatch.setattr(decode, "HALF", half)
-    monkeypatch.setattr(decode.graphs, "record", lambda step, *on: recorded.append(on) or step)
-    flat()
-    assert answers(config, seed=3, graphs=True) == plain
-    assert answers(config, seed=3, graphs=True, batch_size=3) == plain
-    assert set(recorded) == {(None, 0)} and len(recorded) >= 3  # a CPU has no stream; each batch records once at least
-
-
 def test_every_end_token_of_the_model_ends_an_answer(model, tokenizer, rows, answers, flat, monkeypatch):
     said = greedy(model, rows[0], 6, None)
     assert said[2] not in said[:2]

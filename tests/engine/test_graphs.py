@@ -80,10 +80,17 @@ class Streams:
             raise self.error
 
 
-def test_where_a_step_cannot_be_recorded_it_runs_as_it_is_and_that_is_said_once(monkeypatch, capsys):
-    cuda, ran = Streams(RuntimeError("operation not permitted\nwhen stream is capturing")), []
+def steps_on(cuda, monkeypatch, load):
+    """StepGraphs of a model on a CPU that records on `cuda`."""
+    steps = graphs.StepGraphs(fill(load()), None)
+    steps.stream = cuda.Stream("cuda")
     monkeypatch.setattr(graphs, "torch", SimpleNamespace(cuda=cuda, OutOfMemoryError=torch.OutOfMemoryError))
-    monkeypatch.setattr(graphs, "refused", [])
+    return steps
+
+
+def test_where_a_step_cannot_be_recorded_it_runs_as_it_is_and_that_is_said_once(load, monkeypatch, capsys):
+    cuda, ran = Streams(RuntimeError("operation not permitted\nwhen stream is capturing")), []
+    steps = steps_on(cuda, monkeypatch, load)
     torch.manual_seed(1)
     first = torch.rand(1)
     torch.manual_seed(1)
@@ -93,21 +100,15 @@ def test_where_a_step_cannot_be_recorded_it_runs_as_it_is_and_that_is_said_once(
         return len(ran)
 
     for _ in range(3):
-        assert graphs.record(step, cuda.Stream("cuda"), 0) is step
+        assert steps._record(step) is step
     assert cuda.entered == 1 and len(cuda.left) == 1 and len(ran) == 3  # twice before, once in vain
     assert torch.equal(ran[2], first)  # what is drawn before is put back
     said = "CUDA graphs cannot be recorded here, so kernels are launched one by one: operation not permitted\n"
     assert capsys.readouterr().out == said
 
 
-def test_a_step_too_large_to_be_recorded_ran_out_of_memory(monkeypatch):
-    cuda = Streams(torch.OutOfMemoryError("no memory"))
-    monkeypatch.setattr(graphs, "torch", SimpleNamespace(cuda=cuda, OutOfMemoryError=torch.OutOfMemoryError))
-    monkeypatch.setattr(graphs, "refused", [])
-    with pytest.raises(torch.OutOfMemoryError):  # by which a smaller plan or batch is found
-        graphs.record(lambda: 1, cuda.Stream("cuda"), 0)
-    assert not graphs.refused
-
-
-def test_without_a_stream_a_step_is_its_own_recording():
-    assert graphs.record(sum, None, None) is sum
+def test_a_step_too_large_to_be_recorded_ran_out_of_memory(load, monkeypatch):
+    steps = steps_on(Streams(torch.OutOfMemoryError("no memory")), monkeypatch, load)
+    with pytest.raises(torch.OutOfMemoryError):  # by which a smaller plan is found
+        steps._record(lambda: 1)
+    assert steps.stream
