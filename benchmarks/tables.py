@@ -272,6 +272,14 @@ def spread() -> str:
     return markdown(["what (calculated)", "on", "times as fast", "minutes of training", "GPU minutes"], lines)
 
 
+def reliability() -> str:
+    """What was tried and how much of it was handled, from results/reliability.json."""
+    found = results("reliability")
+    parts = [found[name] for name in ("values", "files", "prompts", "damage", "kills") if name in found]
+    rows = [[part["what"], f"{part['tried']:,}", f"{part['handled']:,}", f"`{part['command']}`"] for part in parts]
+    return markdown(["what", "tried", "handled", "command"], rows)
+
+
 BLOCKS = {  # file: {marker: what stands between <!-- marker --> and <!-- end -->}
     "README.md": {"card": card, "real": real, "demo": demo, "speed": speed},
     "benchmarks/README.md": {
@@ -283,6 +291,7 @@ BLOCKS = {  # file: {marker: what stands between <!-- marker --> and <!-- end --
         "comparisons": comparisons,
         "two_gpus": two_gpus,
         "spread": spread,
+        "reliability": reliability,
     },  # fmt: skip
 }
 

@@ -3,10 +3,11 @@
 Every figure names its run, split and n, so that the file alone says what it shows.
 """
 
-import os
 from pathlib import Path
 
 import numpy as np
+
+from src import runs
 
 COLORS = {"reference": "#6b6b6b", "base": "#b06f10", "finetuned": "#2b6ca3"}
 MORE = ("#2b6ca3", "#b06f10", "#7a3e9d", "#1a7f5a", "#c2336b", "#6b6b6b")  # for runs, in order
@@ -214,11 +215,7 @@ def length_plot(metrics: dict, predictions: dict[str, list[dict]]):
 
 def save(folder: Path, name: str, fig) -> Path:
     """Write folder/<name>.png, whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path, temporary = folder / f"{name}.png", folder / f".{name}.{os.getpid()}.tmp.png"
-    try:
-        fig.savefig(temporary, dpi=130, facecolor="white", metadata={"Description": fig.alt})
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    path = folder / f"{name}.png"
+    with runs.aside(path) as temporary:
+        fig.savefig(temporary, format="png", dpi=130, facecolor="white", metadata={"Description": fig.alt})
     return path

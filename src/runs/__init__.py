@@ -16,6 +16,7 @@ class RunError(RuntimeError):
 from src.runs.evaluation import Evaluation, evaluations, find_evaluation, open_evaluation  # noqa: E402
 from src.runs.files import (  # noqa: E402
     Damage,
+    aside,
     read_json,
     read_jsonl,
     read_sealed,
@@ -31,7 +32,7 @@ from src.runs.locks import held  # noqa: E402
 from src.runs.run import Run, find, finished, open  # noqa: E402
 
 __all__ = [
-    "ROOT", "Damage", "Evaluation", "Run", "RunError", "evaluations", "find", "find_evaluation", "finished", "held",
-    "open", "open_evaluation", "read_json", "read_jsonl", "read_sealed", "relative", "set_aside", "sha256_file",
+    "ROOT", "Damage", "Evaluation", "Run", "RunError", "aside", "evaluations", "find", "find_evaluation", "finished",
+    "held", "open", "open_evaluation", "read_json", "read_jsonl", "read_sealed", "relative", "set_aside", "sha256_file",
     "write_atomic", "write_json", "write_jsonl", "write_sealed",
 ]  # fmt: skip

@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from hashlib import file_digest, sha256
 from pathlib import Path
 
@@ -20,20 +21,44 @@ UNWRITABLE = dict.fromkeys(FULL, "the disk, or this user's share of it, is full"
 }
 
 
-def write_atomic(path: Path, text: str) -> Path:
-    """Write UTF-8 text under a temporary name and rename it, so that a reader never meets half a file."""
+@contextmanager
+def aside(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its name when the block is left well: whole, or as it was before.
+
+    What killed processes left half written of the same file is removed. Raises runs.RunError on a full disk.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        for old in path.parent.glob(f".{escape(path.name)}.*.tmp"):
+            if not _runs(old.suffixes[-2][1:]):
+                old.unlink(missing_ok=True)
         try:
-            with temporary.open("w", encoding="utf-8", newline="\n") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())  # the name must not reach the disk before the text
+            yield temporary
             temporary.replace(path)
         finally:
-            if temporary.exists():
-                temporary.unlink()
+            temporary.unlink(missing_ok=True)
+
+
+def _runs(process: str) -> bool:
+    """Whether a process of this machine with that number runs, or may run."""
+    if os.name != "posix" or not process.isdecimal():
+        return True
+    try:
+        os.kill(int(process), 0)  # asks, and sends nothing
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
+
+
+def write_atomic(path: Path, text: str) -> Path:
+    """Write UTF-8 text under a temporary name and rename it, so that a reader never meets half a file."""
+    with aside(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # the name must not reach the disk before the text
     return path
 
 

@@ -129,10 +129,14 @@ class Run:
         manifest = {"run": self.name, "base_commit": self.base_commit, **measured(trainer)}
         manifest |= {"data": data or {}, "sha256": sums | files.checksums(self.folder, "[ct]*.json*")}
         write_sealed(self.folder / "manifest.json", manifest)
-        if not self.recipe().training.keep_checkpoints:
-            shutil.rmtree(self.checkpoints, ignore_errors=True)
+        self.remove_checkpoints()
         self.unlock()
         return manifest
+
+    def remove_checkpoints(self):
+        """Delete the checkpoints of a run that is finished, unless its recipe keeps them."""
+        if not self.recipe().training.keep_checkpoints:
+            shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def lock(self):
         """Take the run's folder for this process. Raises runs.RunError when another process has it."""
@@ -173,6 +177,7 @@ def open(recipe, trainer, prompt_template: dict) -> Run:
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
     write_atomic(run.folder / ".opened", now)  # "latest" is the one opened last
     if found:
+        run.remove_checkpoints()  # a kill may have come before `save` did so
         run.unlock()
         return run
     config = {
