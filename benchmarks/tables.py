@@ -10,7 +10,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-SHOWN = ("ours_64gib", "unsloth_packed_16k", "ours_checkpointed", "unsloth_packed_16k_checkpointed", "hf_padded")
 
 
 def results(name: str) -> list[dict] | dict:
@@ -28,20 +27,6 @@ def demo() -> str:
         systems = {row["system"]: row for row in csv.DictReader(file)}
     chosen = ("base", "fine-tuned", "whole dialogue", "nearest training summary")
     return "ROUGE-L: " + ", ".join(f"{name} {systems[name]['ROUGE-L']}" for name in chosen) + "."
-
-
-def speed() -> str:
-    """The README's comparison with what a user would pick instead, from results/h200.json."""
-    found = {r["setup"]: r for r in results("h200")}
-
-    def cell(setup):
-        r = found[setup]
-        return f"{r['tok_s']:,} ({r['peak_gib']:.0f} GiB)"
-
-    header = ["tokens/s (H200)", "this repository", "Unsloth, packed", "plain Trainer, padded"]
-    fast, saving = SHOWN[:2], SHOWN[2:]
-    rows = [["without checkpointing", *map(cell, fast), ""], ["with checkpointing", *map(cell, saving)]]
-    return markdown(header, rows)
 
 
 def cpu() -> str:
@@ -281,7 +266,7 @@ def reliability() -> str:
 
 
 BLOCKS = {  # file: {marker: what stands between <!-- marker --> and <!-- end -->}
-    "README.md": {"card": card, "real": real, "demo": demo, "speed": speed},
+    "README.md": {"card": card, "real": real, "demo": demo},
     "benchmarks/README.md": {
         "h200": gpu,
         "h100": before_and_after,
