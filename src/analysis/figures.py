@@ -101,7 +101,7 @@ def compared(found: list, against: str):
 
     found: of compare.find.
     """
-    alt = f"{len(found)} evaluations, scores on the left, differences to {against} on the right"
+    alt = f"a row for each of {len(found)} evaluations, scores on the left, differences to {against} on the right"
     title = "ROUGE-L (F1, 0-1, unstemmed), 95%"
     fig, (scores, gains) = figure(11, 0.45 * len(found) + 1.3, columns=2, title=title, alt=alt)
     rows, differences = {}, {}
