@@ -25,19 +25,16 @@ def resolve_device(name: str) -> torch.device:
 
     Raises ModelError when the GPU asked for is not there.
     """
-    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    if name == "auto":
-        name = own if torch.cuda.is_available() else "cpu"
-    elif name == "cuda":
-        name = own
+    own = int(os.environ.get("LOCAL_RANK", 0))
     try:
-        device = torch.device(name)
+        device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
         raise ModelError(f"device is {name!r}: expected auto, cpu, cuda or cuda:<number>.")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.type == "cuda" and (device.index or 0) >= count:
+    index = own if device.index is None else device.index
+    if device.type == "cuda" and index >= count:
         raise ModelError(
             f"device is {name!r}, and this machine shows torch {count} CUDA device(s). Set device to 'auto' or 'cpu', "
             f"or install a CUDA build of torch (this is {torch.__version__}) and check that nvidia-smi lists the GPU."
@@ -45,7 +42,7 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cpu":
         return device
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # passes differ in size: less fragmentation
-    return torch.device("cuda", device.index or 0)
+    return torch.device("cuda", index)
 
 
 def compute_dtype(recipe, device: torch.device) -> torch.dtype:
