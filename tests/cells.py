@@ -19,7 +19,7 @@ CHANGED = {  # every field of these sections, at a value that is not its default
     "generation.repetition_penalty": 1.25,
     "generation.do_sample": True, "generation.temperature": 0.5, "generation.top_p": 0.25,
     "engine.packing": "on", "engine.fused": "off", "engine.checkpointing": "off", "engine.memory_gib": 12.0,
-    "engine.tokens_per_pass": 77, "engine.dequantize": "off", "engine.batch_size": 13,
+    "engine.tokens_per_pass": 77, "engine.checkpoint_minutes": 7.0, "engine.dequantize": "off", "engine.batch_size": 13,
     "engine.fp8": "on", "engine.graphs": "off",
 }  # fmt: skip
 BEAMS = ("generation.num_beams", "generation.early_stopping", "generation.length_penalty")

@@ -368,6 +368,7 @@ def arrived(recipe) -> dict:
             if hasattr(objects[section], key):
                 found[f"{section}.{key}"] = runs.identity.plain(getattr(objects[section], key))
     found |= {f"engine.{key}": value for key, value in plan.items() if key != "ranks"}  # NUM_GPUS
+    (found["engine.checkpoint_minutes"],) = space["engine"].calls["TimedCheckpoints"][0]
     taken, _, _, found["training.sample_rows"], score = space["engine"].calls["SampleAnswers"][0]
     if recipe.training.metric_for_best_model == "rougeL":  # then all validation rows are answered and scored
         assert taken is space["rows"]["validation"] and score is scoring.rouge_l
@@ -411,7 +412,7 @@ def test_the_changed_values_cover_every_field_and_are_no_default():
 def test_every_field_of_a_recipe_arrives_under_its_own_name(name):
     recipe = recipes.load(name)
     found = arrived(recipe)
-    assert found == expected(recipe) and len(found) == 4 + 4 + 15 + 10 + 7
+    assert found == expected(recipe) and len(found) == 4 + 4 + 15 + 10 + 8
 
 
 @pytest.mark.parametrize("excluded", [BEAMS, SAMPLING])  # beams and sampling exclude each other

@@ -112,6 +112,7 @@ OUT_OF_RANGE = {  # field: values, each refused beside what else it takes to act
     "engine.checkpointing": ["", "true"],
     "engine.memory_gib": [0, -1, 10**6],
     "engine.tokens_per_pass": [0, -1],
+    "engine.checkpoint_minutes": [0, -1, 10**6],
     "engine.dequantize": ["", "4bit"],
     "engine.batch_size": [0, -1],
 }  # fmt: skip

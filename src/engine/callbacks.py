@@ -36,6 +36,33 @@ class Progress(TrainerCallback):
         self.checkpoint = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
 
 
+class TimedCheckpoints(TrainerCallback):
+    """Saves a checkpoint when `minutes` have passed since the last one or the start, beside those of evaluations.
+
+    Not at the last step of an epoch or of the training: going on from there would pass over what comes at its end.
+    """
+
+    def __init__(self, minutes: float):
+        self.minutes, self.saved = minutes, None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.saved = time.monotonic()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.save_strategy == "no" or state.epoch % 1 == 0 or state.global_step >= state.max_steps:
+            return
+        due = time.monotonic() - self.saved >= 60 * self.minutes
+        if args.world_size > 1 and control.should_log:  # processes save together, and wait for each other at logs only
+            due = torch.tensor(float(due), device=args.device)
+            torch.distributed.all_reduce(due, torch.distributed.ReduceOp.MAX)
+        elif args.world_size > 1:
+            return
+        control.should_save = control.should_save or bool(due)
+
+    def on_save(self, args, state, control, **kwargs):
+        self.saved = time.monotonic()
+
+
 def seen(text: str) -> str:
     """The text with control, ANSI and bidi characters written out, so that a terminal shows them and obeys none."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)

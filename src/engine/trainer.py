@@ -11,7 +11,7 @@ from accelerate.utils import gather_object, send_to_device, set_seed
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState
 
-from src.engine import batches, weights
+from src.engine import batches, resuming, weights
 from src.engine.attention import rows_stay_apart
 from src.engine.callbacks import Progress, short_walks
 from src.engine.fuse import fused
@@ -42,7 +42,7 @@ def renew_adapter(model, seed: int):
     model.set_adapter("default")
 
 
-class FastTrainer(Trainer):
+class FastTrainer(resuming.BetweenLogs, Trainer):
     """A Trainer whose steps hold the rows that the arguments say, in the forward passes that the plan says.
 
     model: a PeftModel. train_dataset, eval_dataset: columns id, input_ids, labels. After `train`, `plan` is the one
@@ -180,6 +180,7 @@ class FastTrainer(Trainer):
                 renew_adapter(self.model, self.args.seed)
             elif self._was_done(checkpoint):
                 return None
+            self.unlogged = resuming.read(checkpoint)
             if self.args.process_index:
                 set_seed(self.args.seed, device_specific=True)  # dropout of its own
             result = self._attempt(checkpoint)

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import bitsandbytes as bnb
@@ -14,7 +15,18 @@ from peft import PeftModel
 from transformers import DataCollatorForSeq2Seq, EarlyStoppingCallback, GenerationConfig, Trainer, TrainingArguments
 
 from src import runs
-from src.engine import FastTrainer, LogFile, Plan, PlanError, SampleAnswers, callbacks, decode, fuse, planning
+from src.engine import (
+    FastTrainer,
+    LogFile,
+    Plan,
+    PlanError,
+    SampleAnswers,
+    TimedCheckpoints,
+    callbacks,
+    decode,
+    fuse,
+    planning,
+)
 from src.engine.batches import StepSampler
 from src.engine.callbacks import short_walks
 from src.engine.lora import Group
@@ -331,6 +343,41 @@ def test_an_interrupted_run_goes_on_and_ends_like_an_uninterrupted_one(trainer, 
     assert resumed.state.num_input_tokens_seen == whole.state.num_input_tokens_seen
     seconds = [row["seconds"] for row in resumed.state.log_history]
     assert seconds == sorted(seconds) and resumed.seconds == pytest.approx(seconds[-1], abs=1e-3)
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_a_checkpoint_by_time_changes_nothing_and_is_gone_on_from_bit_for_bit(trainer, passes):
+    """A log every second step: the first checkpoint by time holds half of what the next log means."""
+
+    def started(minutes):
+        made = trainer(passes=passes, also=[TimedCheckpoints(minutes)] if minutes else [], save_total_limit=None)
+        made.args.logging_steps = made.state.logging_steps = 2
+        return made
+
+    whole = started(None)
+    whole.train()
+    saved = sorted(path.name for path in Path(whole.args.output_dir).iterdir())
+    assert saved == ["checkpoint-3", "checkpoint-6"]
+    shutil.rmtree(whole.args.output_dir)
+    seldom = started(1000)
+    seldom.train()
+    assert sorted(path.name for path in Path(whole.args.output_dir).iterdir()) == saved
+    shutil.rmtree(whole.args.output_dir)
+    often = started(1e-9)
+    often.train()
+    saved = sorted(path.name for path in Path(whole.args.output_dir).iterdir())
+    assert saved == [f"checkpoint-{n}" for n in range(1, 7)]
+    assert_same(weights_of(often.model), weights_of(whole.model), rtol=0, atol=0)
+    assert losses(often) == losses(whole) and list(losses(whole)) == [2, 4, 6]
+    for step in (1, 2, 4, 5):
+        resumed = started(None)
+        resumed.train(resume_from_checkpoint=f"{resumed.args.output_dir}/checkpoint-{step}")
+        assert_same(weights_of(resumed.model), weights_of(whole.model), rtol=0, atol=0)
+        assert losses(resumed) == losses(whole) and evaluations(resumed) == evaluations(whole)
+        for name in ("best_metric", "best_global_step", "num_input_tokens_seen"):
+            assert getattr(resumed.state, name) == getattr(whole.state, name)
+        seconds = [row["seconds"] for row in resumed.state.log_history]
+        assert seconds == sorted(seconds)
 
 
 @pytest.mark.parametrize("stopped", ["by max_steps", "early"])
