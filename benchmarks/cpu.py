@@ -60,7 +60,7 @@ def measured(setup: str) -> dict:
     if dequantized is None:
         seen = plain(model, arguments, encoded, tokenizer, skip)
     else:
-        limits = recipe.engine.model_dump(exclude={"dequantize", "batch_size"})
+        limits = recipe.engine.model_dump(exclude={"dequantize", "batch_size", "checkpoint_minutes"})
         plan = engine.plan(qlora.load_config(recipe), lora, quantization, arguments, encoded, device, **limits)
         plan = dataclasses.replace(plan, dequantized=dequantized)
         trainer = engine.FastTrainer(model, arguments, encoded, encoded.select(range(2)), tokenizer, plan)

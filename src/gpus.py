@@ -126,7 +126,7 @@ def _train(name: str, overrides: dict):
     parts = ("train", "validation")
     rows = [prompts.build_all(records[part], tokenizer, recipe.prompt, records["train"]) for part in parts]
     quantization, lora = qlora.quantization_config(recipe, device), LoraConfig("CAUSAL_LM", **recipe.lora.model_dump())
-    limits = recipe.engine.model_dump(exclude={"dequantize", "batch_size"})
+    limits = recipe.engine.model_dump(exclude={"dequantize", "batch_size", "checkpoint_minutes"})
     plan = engine.plan(qlora.load_config(recipe), lora, quantization, arguments, rows[0], device, **limits)
     transformers.set_seed(recipe.seed)
     model = get_peft_model(qlora.load_base(recipe, tokenizer, device, quantization), lora)

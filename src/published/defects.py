@@ -213,7 +213,7 @@ def train(defect: Defect, recipe, model, tokenizer, rows: dict, quantization, lo
         bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, use_cpu=device.type == "cpu",
         optim=qlora.optimizer(recipe, device), **recipe.training.model_dump(exclude=ours),
     )  # fmt: skip
-    limits = recipe.engine.model_dump(exclude={"dequantize", "batch_size"})
+    limits = recipe.engine.model_dump(exclude={"dequantize", "batch_size", "checkpoint_minutes"})
     plan = engine.plan(qlora.load_config(recipe), lora, quantization, arguments, parts[0], device, **limits)
     rouge = recipe.training.metric_for_best_model == "rougeL"
     generation = qlora.generation_config(recipe)
