@@ -412,6 +412,7 @@ def test_a_half_written_checkpoint_is_passed_over(trainer, tmp_path, monkeypatch
     assert run.checkpoint() is None
     whole = trainer(output_dir=str(run.checkpoints))
     whole.add_callback(LogFile(run.folder / "train_log.jsonl"))
+    runs.checkpoints.seal(whole)  # as runs.open does
     whole.train()
     log = (run.folder / "train_log.jsonl").read_text(encoding="utf-8")
     (run.folder / "train_log.jsonl").write_text(log[:-20], encoding="utf-8")
