@@ -35,8 +35,9 @@ def resolve_device(name: str) -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     index = own if device.index is None else device.index
     if device.type == "cuda" and index >= count:
+        asked = f"cuda:{index}" if own else name  # a process of torchrun takes the GPU of its own number
         raise ModelError(
-            f"device is {name!r}, and this machine shows torch {count} CUDA device(s). Set device to 'auto' or 'cpu', "
+            f"device is {asked!r}, and this machine shows torch {count} CUDA device(s). Set device to 'auto' or 'cpu', "
             f"or install a CUDA build of torch (this is {torch.__version__}) and check that nvidia-smi lists the GPU."
         )
     if device.type == "cpu":

@@ -15,7 +15,7 @@ SECTIONS = ("data", "prompt", "quantization", "lora", "training", "generation", 
 FLOATS = (
     "lora.lora_dropout", "training.num_train_epochs", "training.learning_rate", "training.warmup_steps",
     "training.weight_decay", "training.max_grad_norm", "generation.length_penalty", "generation.temperature",
-    "generation.repetition_penalty", "generation.top_p", "engine.memory_gib",
+    "generation.repetition_penalty", "generation.top_p", "engine.memory_gib", "engine.checkpoint_minutes",
 )  # fmt: skip
 SAMPLING = {"generation.do_sample": True}
 
@@ -277,7 +277,9 @@ def test_every_field_says_what_it_means_where_it_is_defined():
             seen += 1
             if not re.search(rf"^    {field}: .*  # \S", body, re.M):
                 undocumented.append(f"{section.__name__}.{field}")
-    assert undocumented == [] and seen == len(flat(load("demo").model_dump())) == 66  # 6 of its own + 9+5+4+4+16+10+3+9
+    assert (
+        undocumented == [] and seen == len(flat(load("demo").model_dump())) == 67
+    )  # 6 of its own + 9+5+4+4+16+10+3+10
 
 
 def test_schedulers_and_optimizers_are_names_of_transformers():
@@ -314,7 +316,7 @@ def test_a_printed_recipe_marks_what_was_overridden():
     assert re.fullmatch(r"r = 8 +# overridden; 16 in the file", marked["r"])
     assert re.fullmatch(r"train_rows = 5 +# overridden; None in the file", marked["train_rows"])
     assert [line for line in lines if line.startswith("[")] == [f"[{name}]" for name in SECTIONS]
-    assert len([line for line in lines if " = " in line]) == 65  # all fields but the name
+    assert len([line for line in lines if " = " in line]) == 66  # all fields but the name
 
 
 def test_every_field_but_the_name_has_a_default():
