@@ -33,7 +33,7 @@ lab: .venv/installed  ## open copies of the notebooks in JupyterLab (lab/, which
 verify: .venv/installed  ## every hash and score of a run from its files again, or of all: make verify [RUN=demo-1a2b3c4d]
 	@$(BIN)/python -m src.verify "$$RUN"
 
-audit: .venv/installed  ## known vulnerabilities of what is installed (pip-audit in .audit; needs pypi.org or osv.dev)
+audit: .venv/installed  ## known vulnerabilities of what is installed (pip-audit in .audit; needs an advisory database)
 	$(BIN)/python -m src.supply audit
 
 canary: .venv/installed  ## the tests with the newest versions (in .canary) beside the pins, and which library breaks what
