@@ -34,10 +34,10 @@ verify: .venv/installed  ## every hash and score of a run from its files again, 
 	@$(BIN)/python -m src.verify "$$RUN"
 
 audit: .venv/installed  ## known vulnerabilities of what is installed (pip-audit in .audit; needs an advisory database)
-	$(BIN)/python -m src.supply audit
+	$(BIN)/python -m benchmarks.supply audit
 
 canary: .venv/installed  ## the tests with the newest versions (in .canary) beside the pins, and which library breaks what
-	$(BIN)/python -m src.supply canary $(TESTS)
+	$(BIN)/python -m benchmarks.supply canary $(TESTS)
 
 test: .venv/installed  ## all tests
 	$(BIN)/python -m pytest
@@ -47,7 +47,7 @@ browser: .venv/installed  ## run every notebook in JupyterLab in Chromium (apt i
 	$(BIN)/python -m pytest tests/test_browser.py
 
 links: .venv/installed  ## write the repository's address into badges and links: make links REPOSITORY=owner/name
-	$(BIN)/python -m src.docs '$(REPOSITORY)'
+	$(BIN)/python -m benchmarks.docs '$(REPOSITORY)'
 
 check: .venv/installed  ## lint and formatting, notebooks included
 	$(BIN)/ruff check .

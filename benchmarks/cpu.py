@@ -49,18 +49,17 @@ def measured(setup: str) -> dict:
     encoded = prompts.build_all(data.train_rows(recipe), tokenizer, recipe.prompt)
     quantization = qlora.quantization_config(recipe, device)
     lora = LoraConfig(task_type="CAUSAL_LM", **recipe.lora.model_dump())
-    ours = {"eval_steps", "early_stopping_patience", "sample_rows", "keep_checkpoints", "optim"}
     arguments = TrainingArguments(
         output_dir=tempfile.mkdtemp(), seed=recipe.seed, use_cpu=True, eval_strategy="no", save_strategy="no",
         disable_tqdm=True, logging_steps=1, optim="adamw_torch", remove_unused_columns=False, report_to="none",
-        **recipe.training.model_dump(exclude=ours),
+        **recipe.training.arguments(),
     )  # fmt: skip
     model = get_peft_model(qlora.load_base(recipe, tokenizer, device, quantization), lora)
     lengths, skip = [len(ids) for ids in encoded["input_ids"]], arguments.max_steps // 6
     if dequantized is None:
         seen = plain(model, arguments, encoded, tokenizer, skip)
     else:
-        limits = recipe.engine.model_dump(exclude={"dequantize", "batch_size", "checkpoint_minutes"})
+        limits = recipe.engine.limits()
         plan = engine.plan(qlora.load_config(recipe), lora, quantization, arguments, encoded, device, **limits)
         plan = dataclasses.replace(plan, dequantized=dequantized)
         trainer = engine.FastTrainer(model, arguments, encoded, encoded.select(range(2)), tokenizer, plan)

@@ -135,7 +135,7 @@ def setup_of(folder: str, overrides: dict):
 def planned(recipe, device, quantization, lora, arguments, encoded):
     from src import engine, qlora
 
-    options = recipe.engine.model_dump(exclude={"dequantize", "batch_size", "checkpoint_minutes"})
+    options = recipe.engine.limits()
     return engine.plan(qlora.load_config(recipe), lora, quantization, arguments, encoded, device, **options)
 
 

@@ -126,7 +126,7 @@ def _train(name: str, overrides: dict):
     parts = ("train", "validation")
     rows = [prompts.build_all(records[part], tokenizer, recipe.prompt, records["train"]) for part in parts]
     quantization, lora = qlora.quantization_config(recipe, device), LoraConfig("CAUSAL_LM", **recipe.lora.model_dump())
-    limits = recipe.engine.model_dump(exclude={"dequantize", "batch_size", "checkpoint_minutes"})
+    limits = recipe.engine.limits()
     plan = engine.plan(qlora.load_config(recipe), lora, quantization, arguments, rows[0], device, **limits)
     transformers.set_seed(recipe.seed)
     model = get_peft_model(qlora.load_base(recipe, tokenizer, device, quantization), lora)
@@ -135,6 +135,7 @@ def _train(name: str, overrides: dict):
     answered, score = (rows[1], scoring.rouge_l) if rouge else (rows[1].take(training.sample_rows), None)
     greedy = transformers.GenerationConfig(max_new_tokens=recipe.generation.max_new_tokens, do_sample=False)
     callbacks = [engine.SampleAnswers(answered, tokenizer, greedy, training.sample_rows, score)]
+    callbacks.append(engine.TimedCheckpoints(recipe.engine.checkpoint_minutes))
     if training.early_stopping_patience:
         callbacks.append(transformers.EarlyStoppingCallback(training.early_stopping_patience))
     trainer = engine.FastTrainer(model, arguments, *rows, tokenizer, plan, callbacks)
@@ -163,14 +164,13 @@ def _arguments(recipe, device):
 
     from src import qlora
 
-    ours = {"eval_steps", "early_stopping_patience", "sample_rows", "keep_checkpoints", "optim"}  # no Trainer's fields
     steps, dtype = recipe.training.eval_steps, str(qlora.compute_dtype(recipe, device))
     when = "steps" if steps else "epoch"
     return TrainingArguments(
         output_dir="outputs", seed=recipe.seed, optim=qlora.optimizer(recipe, device), eval_strategy=when,
         eval_steps=steps, save_strategy=when, save_steps=steps or 500, save_total_limit=2, disable_tqdm=True,
         bf16=dtype == "torch.bfloat16", fp16=dtype == "torch.float16", use_cpu=device.type == "cpu",
-        **recipe.training.model_dump(exclude=ours),
+        **recipe.training.arguments(),
     )  # fmt: skip
 
 

@@ -99,6 +99,11 @@ class Training(Section):
     sample_rows: Annotated[int, Field(ge=0, le=10**9)] = 3  # validation dialogues summarised at each evaluation
     keep_checkpoints: bool = False  # keep outputs/<run>/checkpoints after success
 
+    def arguments(self) -> dict:
+        """The fields that TrainingArguments takes as they are; when to evaluate, and optim by the device, are not."""
+        ours = {"eval_steps", "early_stopping_patience", "sample_rows", "keep_checkpoints", "optim"}
+        return self.model_dump(exclude=ours)
+
 
 class Generation(Section):
     max_new_tokens: Annotated[int, Field(ge=1, le=10**5)] = 256  # an answer that reaches it is counted as cut off
@@ -132,6 +137,10 @@ class Engine(Section):  # how a machine computes: never changes which run it is 
     checkpoint_minutes: Annotated[float, Field(gt=0, le=10**5)] = 5.0  # 02: so much is lost by a kill, at most
     dequantize: Literal["auto", "on", "off"] = "auto"  # 03: NF4 to 16-bit weights once, same function, faster
     batch_size: Count | None = None  # prompts decoded together; None: chosen from the free memory
+
+    def limits(self) -> dict:
+        """The fields that `engine.plan` takes."""
+        return self.model_dump(exclude={"dequantize", "batch_size", "checkpoint_minutes"})
 
 
 class Recipe(Section):

@@ -61,7 +61,7 @@ def on_gpu(monkeypatch):
         quantization = type(
             "Quantization", (), recipe.quantization.model_dump() | {"bnb_4bit_compute_dtype": torch.bfloat16}
         )
-        options = recipe.engine.model_dump(exclude={"dequantize", "batch_size", "checkpoint_minutes"})
+        options = recipe.engine.limits()
         lora = LoraConfig(**recipe.lora.model_dump())
         return planning.plan(config, lora, quantization, arguments, rows, torch.device("cuda", 0), **options)
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from src import colab, docs, runs
+from benchmarks import docs
+from src import colab, runs
 from tests.test_docs import broken_links
 from tests.test_notebooks import NOTEBOOKS, ROOT, SMALL, copy_repository, load, source
 
@@ -261,7 +262,7 @@ def copied(tmp_path, monkeypatch):
 
 def test_make_links_writes_the_address_everywhere_and_another_over_it(copied, capsys):
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    assert re.search(r"^links:.*\n\t\$\(BIN\)/python -m src.docs '\$\(REPOSITORY\)'$", makefile, re.M)
+    assert re.search(r"^links:.*\n\t\$\(BIN\)/python -m benchmarks.docs '\$\(REPOSITORY\)'$", makefile, re.M)
     before = {path: load(path) for path in (copied / "notebooks").glob("*.ipynb")}
     for repository in ("someone/first", "some-one/second.name"):
         assert docs.main([repository]) == 0 and "CITATION.cff" in capsys.readouterr().out

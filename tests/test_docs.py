@@ -11,7 +11,8 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 
-from src import docs, recipes
+from benchmarks import docs
+from src import recipes
 from tests.test_notebooks import ROOT, copy_repository
 
 PLACES = ". data data/demo outputs outputs/demo/adapter benchmarks src/engine src/recipes cloud".split()
@@ -181,6 +182,8 @@ def follow(folder, before, language, block):
 def test_the_worked_example_does_what_it_says(tmp_path):
     copy_repository(tmp_path)
     shutil.copy(ROOT / "Makefile", tmp_path / "Makefile")
+    (tmp_path / "benchmarks").mkdir(exist_ok=True)
+    shutil.copy(ROOT / "benchmarks" / "docs.py", tmp_path / "benchmarks")
     steps = example()
     assert [language for _, language, _ in steps] == ["python", "toml", "diff", "toml", "sh"]
     *made, (before, language, commands) = steps

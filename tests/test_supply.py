@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from src import qlora, recipes, supply
+from benchmarks import supply
+from src import qlora, recipes
 
 ROOT = Path(__file__).resolve().parents[1]
 

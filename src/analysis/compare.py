@@ -54,9 +54,14 @@ def find(current, names=(), against: str | None = None) -> list[Compared]:
         if not same:
             raise runs.RunError(f"Run {against} was not scored on the rows of {current.name}: run 03 for it first.")
         zero = same[-1]
+    rows = _rows(zero)
     return [
-        Compared(e, {key: _shown(setting.get(key)) for key in differing}, _difference(zero, e))
-        for (_, e), setting in zip(found, settings, strict=True)
+        Compared(
+            evaluation,
+            {key: _shown(setting.get(key)) for key in differing},
+            _difference(zero, evaluation) if evaluation != zero and _rows(evaluation) == rows else None,
+        )
+        for (_, evaluation), setting in zip(found, settings, strict=True)
     ]
 
 
@@ -64,9 +69,7 @@ def _rows(evaluation) -> list[tuple]:
     return [(row["id"], row["reference"]) for row in evaluation.predictions["finetuned"]]
 
 
-def _difference(zero, evaluation) -> dict | None:
-    if evaluation == zero or _rows(evaluation) != _rows(zero):
-        return None
+def _difference(zero, evaluation) -> dict:
     first, second = ({"ROUGE-L": np.array(e.metrics["per_row"]["finetuned"]["ROUGE-L"])} for e in (zero, evaluation))
     chosen, seed = np.arange(len(first["ROUGE-L"])), zero.run.config["recipe"]["seed"]
     return scoring.paired_test(first, second, chosen, seed)["ROUGE-L"]
@@ -108,10 +111,9 @@ def _row(one: Compared, current: bool) -> dict:
     }
 
 
-def about_seeds(current) -> str:
-    """A sentence on how many seeds stand behind an evaluation."""
-    groups = _settings(find(current))
-    group = next((group for group in groups if any(one.evaluation == current for one in group)), [])
+def about_seeds(compared: list[Compared], current) -> str:
+    """A sentence on how many seeds, among those compared, stand behind an evaluation."""
+    group = next((group for group in _settings(compared) if any(one.evaluation == current for one in group)), [])
     seeds = [one.evaluation.run.config["recipe"]["seed"] for one in group]
     if len(seeds) < 2:
         return "one seed: no evidence about the setting. Train it with other seeds, e.g. OVERRIDES = {'seed': 1}."

@@ -86,7 +86,8 @@ def plan(
     eight, in_4bit, mean = fp8 == "on", quantization.load_in_4bit, sum(lengths) / len(lengths)
     size = mean * per_step / ranks  # tokens of a step of one process
     triton, half = fuse.available(device), dtype == torch.bfloat16
-    recorded = packed and triton and half and ranks == 1 and graphs in ("on", "auto" if size < GRAPH_TOKENS else "on")
+    wanted = graphs == "on" or (graphs == "auto" and size < GRAPH_TOKENS)
+    recorded = wanted and packed and triton and half and ranks == 1
     waits = lora.lora_dropout > 0 and size < DROPOUT_TOKENS and not (eight or recorded)
     is_fused, on = fused == "auto" and triton and not waits, checkpointing == "on"
     if eight and not (is_fused and half and has_varlen(device, dtype, (9, 0)) and not on):

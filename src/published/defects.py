@@ -207,13 +207,12 @@ def train(defect: Defect, recipe, model, tokenizer, rows: dict, quantization, lo
     device, dtype = model.device, quantization.bnb_4bit_compute_dtype
     parts = [prompts.dataset([defect.train(row) for row in rows[part]]) for part in ("train", "validation")]
     when = "epoch" if recipe.training.load_best_model_at_end else "no"
-    ours = {"eval_steps", "early_stopping_patience", "sample_rows", "keep_checkpoints", "optim"}  # no Trainer's fields
     arguments = TrainingArguments(
         output_dir="outputs", seed=recipe.seed, eval_strategy=when, save_strategy=when, disable_tqdm=True,
         bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, use_cpu=device.type == "cpu",
-        optim=qlora.optimizer(recipe, device), **recipe.training.model_dump(exclude=ours),
+        optim=qlora.optimizer(recipe, device), **recipe.training.arguments(),
     )  # fmt: skip
-    limits = recipe.engine.model_dump(exclude={"dequantize", "batch_size", "checkpoint_minutes"})
+    limits = recipe.engine.limits()
     plan = engine.plan(qlora.load_config(recipe), lora, quantization, arguments, parts[0], device, **limits)
     rouge = recipe.training.metric_for_best_model == "rougeL"
     generation = qlora.generation_config(recipe)

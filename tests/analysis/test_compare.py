@@ -88,8 +88,10 @@ def test_runs_that_differ_in_the_seed_alone_get_a_row_of_their_mean(make_run, ma
     low, high = (7 / 12 + side * np.hypot(rows + side * (more.mean() - means.mean()), seeds) for side in (-1, 1))
     assert row["ROUGE-L"] == f"0.583 [{low:.3f}, {high:.3f}], SD 0.083"
     assert row["sacreBLEU"].partition(", SD ")[2] and "[" not in row["sacreBLEU"]  # 12 rows: no interval for BLEU
-    assert compare.about_seeds(made[0]).startswith("seeds 1, 2, 42: the last rows are their means")
-    assert compare.about_seeds(alone).startswith("one seed: no evidence about the setting")
+    assert compare.about_seeds(compare.find(made[0]), made[0]).startswith(
+        "seeds 1, 2, 42: the last rows are their means"
+    )
+    assert compare.about_seeds(compare.find(alone), alone).startswith("one seed: no evidence about the setting")
 
 
 def test_seeds_that_were_scored_in_other_ways_are_not_pooled(make_run, make_evaluation):
@@ -97,7 +99,7 @@ def test_seeds_that_were_scored_in_other_ways_are_not_pooled(make_run, make_eval
     make_evaluation(make_run("demo-00000002", overrides={"seed": 2}), generation={"max_new_tokens": 5})
     third = make_evaluation(make_run("demo-00000003", overrides={"seed": 3}, identity={"base": "another"}))
     assert list(shown(third).index) == ["demo-00000001", "demo-00000002", "demo-00000003"]
-    assert compare.about_seeds(third).startswith("one seed")
+    assert compare.about_seeds(compare.find(third), third).startswith("one seed")
 
 
 def test_half_a_folder_stops_no_other_run(make_run, make_evaluation):

@@ -1,7 +1,7 @@
 """Texts that a program writes: the page of recipe fields, and the repository's address in badges and links.
 
-`python -m src.docs` makes src/recipes/README.md from the comments of src/recipes.py; `python -m src.docs OWNER/NAME`
-(`make links`) writes the address too.
+`python -m benchmarks.docs` makes src/recipes/README.md from the comments of src/recipes.py; with OWNER/NAME after it
+(`make links`) it writes the address too.
 """
 
 import ast
@@ -19,9 +19,9 @@ BADGE = r"\[!\[Open in Colab\]\([^)]*\)\]\([^)]*\)"
 FIELDS = runs.ROOT / "src" / "recipes" / "README.md"
 HEAD = """# Recipes, field by field
 
-Written by `python -m src.docs` from [recipes.py](../recipes.py): change a field there, not here. A recipe is one TOML
-file of this folder; a field that it leaves out has its default. `OVERRIDES` and `make run` replace fields by these
-names.
+Written by `python -m benchmarks.docs` from [recipes.py](../recipes.py): change a field there, not here. A recipe is
+one TOML file of this folder; a field that it leaves out has its default. `OVERRIDES` and `make run` replace fields by
+these names.
 """
 
 

@@ -38,18 +38,9 @@ def audit() -> int:
     python = environment(".audit", ["pip-audit"])
     installed = next(Path(sys.prefix).glob("lib/python*/site-packages"))
     for service in ("pypi", "osv"):
-        command = [
-            python,
-            "-m",
-            "pip_audit",
-            "--path",
-            installed,
-            "--vulnerability-service",
-            service,
-            "--format",
-            "json",
-        ]
-        done = subprocess.run([*command, "--progress-spinner", "off"], capture_output=True, text=True)
+        options = ["--format", "json", "--progress-spinner", "off", "--vulnerability-service", service]
+        command = [python, "-m", "pip_audit", "--path", installed, *options]
+        done = subprocess.run(command, capture_output=True, text=True)
         try:
             packages = json.loads(done.stdout)["dependencies"]
         except ValueError:  # it ended before it had an answer
