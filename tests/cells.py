@@ -1,5 +1,6 @@
-"""The notebooks' own cells, for tests that follow a value from a recipe to the objects that compute."""
+"""The notebooks' own cells, for tests that follow a value from a recipe to the objects that compute; demo rows."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -33,3 +34,14 @@ def cell(notebook: str, *words: str) -> str:
     found = [source for source in found if all(word in source for word in words)]
     assert len(found) == 1, f"{notebook}: {len(found)} cells hold {words}"
     return found[0]
+
+
+def demo_rows(root, counts: dict[str, int]):
+    """Write the first rows of the demo's splits into data/demo of another repository: {split: how many}."""
+    (root / "data" / "demo").mkdir(parents=True)
+    for split, count in counts.items():
+        lines = list(
+            csv.reader((NOTEBOOKS.parent / "data" / "demo" / f"{split}.csv").open(encoding="utf-8", newline=""))
+        )
+        with (root / "data" / "demo" / f"{split}.csv").open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows(lines[: count + 1])

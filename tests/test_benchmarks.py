@@ -21,6 +21,23 @@ def test_tables_are_what_the_committed_results_make(file):
     assert tables.filled(file) == (tables.ROOT / file).read_text(encoding="utf-8")
 
 
+def test_figures_in_readmes_prose_are_those_of_the_committed_results():
+    text = " ".join((tables.ROOT / "README.md").read_text(encoding="utf-8").split())
+    call = {r["setup"]: r["tok_s"] for r in RESULTS["h200"] if r.get("call") == 5 and "tok_s" in r}
+    graphs, without = call["ours_batch_3_dropout_graphs"], call["ours_batch_3_dropout"]
+    assert f"{graphs:,} tokens/s where kernels launched one by one gave {without:,}" in text
+    two = {r["setup"]: r.get("speedup") for r in tables.results("two_gpus")}
+    assert f"train {two['train_2_54']} times as fast with 54 rows each, {two['train_2_16']} times with 16" in text
+    laptop = tables.results("laptop")
+    base, tuned = (laptop["systems"][system]["ROUGE-L"] for system in ("base", "finetuned"))
+    shown = [f"{r['value']:.3f} [{r['low']:.3f}, {r['high']:.3f}]" for r in (base, tuned)]
+    assert f"took ROUGE-L from {shown[0]} to {shown[1]} ({laptop['n']} rows, unstemmed)" in text
+    assert f"{round(laptop['minutes'])} minutes on 2 CPU cores" in text
+    trained = [r["minutes"] for r in tables.results("real") if r["dataset"] == "samsum" and r["split"] == "test"
+               and r["setting"] == "as the recipe" and r["system"] == "finetuned"]  # fmt: skip
+    assert f"{round(max(trained))} minutes of training on a shared H200" in text
+
+
 def test_capped_runs_stayed_within_their_limit_without_a_retry():
     capped = [r for r in RESULTS["h200"] if r.get("capped_gib")]
     assert all(r["peak_gib"] <= r["capped_gib"] and r["retries"] == 0 for r in capped) and len(capped) >= 6

@@ -1,6 +1,5 @@
 """Several processes train and answer one run: real ones, started by torchrun, over gloo on the CPU."""
 
-import csv
 import json
 import os
 import shutil
@@ -22,7 +21,7 @@ from transformers import GenerationConfig
 from src import data, engine, gpus, prompts, qlora, recipes, runs
 from src import run as run_chain
 from src.engine import batches
-from tests.cells import cell
+from tests.cells import cell, demo_rows
 from tests.test_runs import opened
 
 ROOT = runs.ROOT
@@ -40,11 +39,7 @@ def repository(tmp_path_factory, tiny_model):
     root = tmp_path_factory.mktemp("repository")
     shutil.copytree(ROOT / "src", root / "src", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(tiny_model, root / "models" / "tiny")
-    (root / "data" / "demo").mkdir(parents=True)
-    for split, count in {"train": 12, "validation": 5, "test": 7}.items():
-        lines = list(csv.reader((ROOT / "data" / "demo" / f"{split}.csv").open(encoding="utf-8", newline="")))
-        with (root / "data" / "demo" / f"{split}.csv").open("w", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerows(lines[: count + 1])
+    demo_rows(root, {"train": 12, "validation": 5, "test": 7})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "ROOT", root)
         patch.chdir(root)

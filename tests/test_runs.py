@@ -1,6 +1,5 @@
 """Runs: what their names are made of, what is refused, locked and found again, and files that are written whole."""
 
-import csv
 import dataclasses
 import gc
 import json
@@ -21,7 +20,7 @@ from transformers import GenerationConfig
 from src import data, engine, prompts, qlora, recipes, runs
 from src.recipes import RecipeError
 from src.runs import RunError, identity, measured
-from tests.cells import BEAMS, CHANGED, SAMPLING, cell
+from tests.cells import BEAMS, CHANGED, SAMPLING, cell, demo_rows
 
 OVERRIDES = {
     "base_model": "models/tiny", "device": "cpu", "training.max_steps": 2, "training.eval_steps": 1,
@@ -41,11 +40,7 @@ def prepared(tmp_path_factory, tiny_model):
         "{{ bos_token }}{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}{{ ':' }}"
     )
     tokenizer.save_pretrained(folder)
-    (root / "data" / "demo").mkdir(parents=True)
-    for split, count in {"train": 12, "validation": 3, "test": 4}.items():
-        lines = list(csv.reader((ROOT / "data" / "demo" / f"{split}.csv").open(encoding="utf-8", newline="")))
-        with (root / "data" / "demo" / f"{split}.csv").open("w", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerows(lines[: count + 1])
+    demo_rows(root, {"train": 12, "validation": 3, "test": 4})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "ROOT", root)
         assert data.prepare(recipes.load("demo"))["rows"] == {"train": 12, "validation": 3, "test": 4}
