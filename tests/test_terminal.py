@@ -60,16 +60,20 @@ def stopped(tmp_path_factory):
     copy_repository(folder)
     overrides = {**SMALL, "training.max_steps": 400, "generation.max_new_tokens": 4, "training.sample_rows": 0}
     command = [sys.executable, "-m", "src.run", "demo", json.dumps(overrides)]
-    with subprocess.Popen(
-        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as running:
-        deadline = time.time() + 150
-        while not list(folder.glob("outputs/*/checkpoints/checkpoint-8/trainer_state.json")):
-            assert running.poll() is None and time.time() < deadline, running.communicate()
-            time.sleep(0.2)
-        time.sleep(4)  # for a line of the log, which comes every 8 steps
-        running.send_signal(signal.SIGINT)
-        out, err = running.communicate(timeout=60)
+    said, warned, pause = folder / "said.txt", folder / "warned.txt", time.time() + 240
+    with said.open("w") as out, warned.open("w") as err:
+        running = subprocess.Popen(
+            command, cwd=folder, stdout=out, stderr=err, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell has it ignored
+        )  # fmt: skip
+        try:
+            while "  step 8/400: loss " not in said.read_text() and running.poll() is None and time.time() < pause:
+                time.sleep(0.2)
+            running.send_signal(signal.SIGINT)
+            running.wait(timeout=60)
+        finally:
+            running.kill()
+    out, err = said.read_text(), warned.read_text()
     return folder, out, err, running.returncode
 
 
