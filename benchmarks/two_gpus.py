@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import speed
+from benchmarks import kernels, speed
 
 GPUS = int(os.environ.get("GPUS", 2))
 SMALL = bool(os.environ.get("SMALL"))  # a trial on a CPU: few rows and steps
@@ -50,45 +50,8 @@ def rank() -> int:
 
 
 def profile(folder: str, setup: str) -> dict:
-    """Milliseconds of a step of 16 rows: the wall clock's, and of kernels by kind on the first GPU."""
-    import torch
-    from transformers import TrainerCallback
-
-    from src import engine
-
-    kinds = {"communication": ("nccl", "gloo"), "matrix products": ("gemm", "nvjet", "cutlass", "::mm", "addmm")}
-    steps, first, found = (2, 1, {}) if SMALL else (10, 20, {})
-    where = [torch.profiler.ProfilerActivity.CPU if SMALL else torch.profiler.ProfilerActivity.CUDA]
-
-    class Watch(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == first:
-                self.profiler = torch.profiler.profile(activities=where)
-                self.profiler.start()
-                self.start = time.perf_counter()
-            elif state.global_step == first + steps:
-                if args.device.type == "cuda":
-                    torch.cuda.synchronize()
-                found["wall"] = (time.perf_counter() - self.start) * 1e3 / steps
-                self.profiler.stop()
-                for event in self.profiler.key_averages():
-                    ms = (event.self_cpu_time_total if SMALL else event.self_device_time_total) / 1e3 / steps
-                    kind = next((k for k, words in kinds.items() if any(w in event.key.lower() for w in words)), "rest")
-                    found[kind] = found.get(kind, 0.0) + ms
-                    found["kernels"] = found.get("kernels", 0) + event.count / steps
-
-    class Watched(engine.FastTrainer):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            self.add_callback(Watch())
-
-    usual, engine.FastTrainer = engine.FastTrainer, Watched
-    try:
-        wanted = overrides(setup) | ({} if SMALL else {"training.max_steps": first + steps})
-        result = speed.train(folder, setup, overrides=wanted)
-    finally:
-        engine.FastTrainer = usual
-    return {"setup": setup, "gpu": result["gpu"], "ms_a_step": {k: round(v, 2) for k, v in found.items()}}
+    """Milliseconds of a step of 16 rows on the first GPU: kernels by kind, and the wall clock's."""
+    return kernels.training(folder, setup, overrides(setup), *((2, 1) if SMALL else ()))
 
 
 def generate(folder: str, setup: str) -> dict:

@@ -133,7 +133,9 @@ class Engine(Section):  # how a machine computes: never changes which run it is 
     memory_gib: Annotated[float, Field(gt=0, le=10**5)] | None = None  # plan for at most this; None: for what is free
     tokens_per_pass: Count | None = None  # at most, in a forward pass of training; None: planned
     fp8: Literal["on", "off"] = "off"  # frozen products of training in 8 bits: faster from an H100 on, and another run
-    graphs: Literal["auto", "on", "off"] = "auto"  # CUDA graphs of training steps; auto: below 2,000 tokens a step
+    graphs: Literal["auto", "on", "off"] = (
+        "auto"  # CUDA graphs of training steps; auto: where launching takes twice the computing
+    )
     checkpoint_minutes: Annotated[float, Field(gt=0, le=10**5)] = 5.0  # 02: so much is lost by a kill, at most
     dequantize: Literal["auto", "on", "off"] = "auto"  # 03: NF4 to 16-bit weights once, same function, faster
     batch_size: Count | None = None  # prompts decoded together; None: chosen from the free memory

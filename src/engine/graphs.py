@@ -8,11 +8,15 @@ class StepGraphs:
 
     loss: a function of the inputs (what `batches.pack_to` returns), which is recorded once for every shape of theirs.
     Where there is no stream (on a CPU), or recording has failed, which is said once, it runs again in every step.
+    Of several `ranks`, each records its own share of a step; loss and gradients are summed over them.
     """
 
-    def __init__(self, model, loss):
+    def __init__(self, model, loss, ranks: int = 1):
         self.loss, self.recorded, self.parameters = loss, {}, [p for p in model.parameters() if p.requires_grad]
-        self.gradients, cuda = [torch.zeros_like(p) for p in self.parameters], model.device.type == "cuda"
+        sizes, cuda, self.ranks = [p.numel() for p in self.parameters], model.device.type == "cuda", ranks
+        self.flat = torch.zeros(sum(sizes), device=model.device)  # float32, as the adapter: one sum for all
+        parts = zip(self.flat.split(sizes), self.parameters, strict=True)
+        self.gradients = [part.view_as(p) for part, p in parts]
         self.stream, self.pool = (
             (torch.cuda.Stream(model.device), torch.cuda.graph_pool_handle()) if cuda else (None, 0)
         )
@@ -27,6 +31,9 @@ class StepGraphs:
         for name, x in tensors.items():
             held[name].copy_(x)
         loss = replay()
+        if self.ranks > 1:
+            for sums in (self.flat, loss):
+                torch.distributed.all_reduce(sums)
         for p, gradient in zip(self.parameters, self.gradients, strict=True):
             p.grad = gradient
         return loss

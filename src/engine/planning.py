@@ -21,7 +21,7 @@ from src.engine.weights import matmul_rate
 TOKENS = 16384  # a forward pass above this gains no speed (measured on an H200)
 RESERVE = 0.95  # share of the free memory that a plan may fill: the rest is fragmentation
 WORKSPACE = 2**28  # bytes: cuBLAS workspaces, kernels' temporaries
-GRAPH_TOKENS = 2000  # a step of fewer waits for launching kernels: graphs, 3.5 times as fast at 600, no faster at 3,200
+WAITS = 2  # a step that launches its kernels so many times as long as they compute is recorded: 7B, below 2,000 tokens
 DROPOUT_TOKENS = 4000  # a step of fewer waits for launching the masks' kernels longer than for PEFT's own layers
 SHARE, SHARE_CHECKPOINTED = 0.66, 0.72  # of the matrix-product rate that training reaches with every layer fused
 FP8 = 1.1  # training with 8-bit products is so many times as fast as with 16-bit ones (H200)
@@ -86,10 +86,12 @@ def plan(
     eight, in_4bit, mean = fp8 == "on", quantization.load_in_4bit, sum(lengths) / len(lengths)
     size = mean * per_step / ranks  # tokens of a step of one process
     triton, half = fuse.available(device), dtype == torch.bfloat16
-    wanted = graphs == "on" or (graphs == "auto" and size < GRAPH_TOKENS)
-    recorded = wanted and packed and triton and half and ranks == 1
-    waits = lora.lora_dropout > 0 and size < DROPOUT_TOKENS and not (eight or recorded)
-    is_fused, on = fused == "auto" and triton and not waits, checkpointing == "on"
+    s, rate = shapes(config, lora), matmul_rate(device, dtype)
+    computing, launching = size * 4 * s["linear"] / rate / SHARE, LAUNCH_PLAIN * s["layers"] / 32
+    wanted = graphs == "on" or (graphs == "auto" and launching > WAITS * computing)
+    recorded = wanted and packed and triton and half
+    slow_masks = lora.lora_dropout > 0 and size < DROPOUT_TOKENS and not (eight or recorded)
+    is_fused, on = fused == "auto" and triton and not slow_masks, checkpointing == "on"
     if eight and not (is_fused and half and has_varlen(device, dtype, (9, 0)) and not on):
         raise PlanError(
             "engine.fp8 is 'on': expected a GPU of compute capability 9.0, Triton, bfloat16, fused layers and no "
@@ -97,7 +99,6 @@ def plan(
         )
     machine = (on, in_4bit or eight, is_fused, None, 0.0, eight, ranks, recorded)
     first = Plan(len(lengths), per_step, steps, packed, 1, 0, *machine)
-    s, rate = shapes(config, lora), matmul_rate(device, dtype)
     if device.type != "cuda":
         return _cpu_plan(first, lengths, arguments.seed, tokens_per_pass, s, rate)
     free = weights.free_bytes(device) + torch.cuda.memory_allocated(device)

@@ -111,14 +111,14 @@ class FastTrainer(resuming.BetweenLogs, Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of a pass, of which the mean over the processes is summed over a step: the step's mean a token."""
-        if model is not self.model:  # DistributedDataParallel, whose own walks are as long
-            vars(model).update({name: vars(self.model)[name] for name in ("parameters", "zero_grad", "train")})
         return summed_loss(model, inputs)[0] / num_items_in_batch * self.args.world_size
 
     def training_step(self, model, inputs, num_items_in_batch=None):
+        if model is not self.model:  # DistributedDataParallel, whose own walks are as long
+            vars(model).update({name: vars(self.model)[name] for name in ("parameters", "zero_grad", "train")})
+        model.train()
         if not self.graphs:
             return super().training_step(model, inputs, num_items_in_batch)
-        model.train()
         return self.graphs(inputs, num_items_in_batch)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
@@ -198,7 +198,8 @@ class FastTrainer(resuming.BetweenLogs, Trainer):
             self.quantized = weights.dequantize(self.model, keep=True)
         if self.plan.checkpointing:
             base.activation_checkpointing_enable({"use_reentrant": False, "context_fn": checkpoint_contexts})
-        self.graphs = StepGraphs(self.model, lambda x: summed_loss(self.model, x)[0]) if self.plan.graphs else None
+        recorded = (lambda x: summed_loss(self.model, x)[0]), self.args.world_size
+        self.graphs = StepGraphs(self.model, *recorded) if self.plan.graphs else None
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         try:

@@ -41,6 +41,21 @@ def test_a_graph_a_shape_holds_inputs_and_gradients_of_the_newest_step(load):
     assert len(replayed) == 5 and len(steps.recorded) == 3  # 32, 16 and 48 tokens
 
 
+def test_several_processes_sum_loss_and_gradients_of_their_shares(load, monkeypatch):
+    model, shares = fill(load()).train(), [random_rows([7, 12]), random_rows([20], seed=1)]
+    whole, expected = gradients(model, batches.pack([row for rows in shares for row in rows]))
+    sums = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x: sums.append(x.clone()))
+    steps = graphs.StepGraphs(model, lambda inputs: summed_loss(model, inputs)[0], ranks=2)
+    for rows in shares:
+        steps(batches.pack_to(rows, 16, 3, 20), torch.tensor(4))
+    first, second = sums[:2], sums[2:]  # what each process hands in: gradients and loss
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x: x.add_(first.pop(0)))
+    loss = steps(batches.pack_to(shares[1], 16, 3, 20), torch.tensor(4))
+    assert loss.item() == pytest.approx(whole / 4, rel=1e-5) and not first and len(second) == 2
+    assert_close({name: p.grad * 4 for name, p in trainable(model).items()}, expected, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_a_training_of_recorded_steps_ends_with_the_adapter_of_a_plain_one(trainer, load, dropout):  # noqa: F811
     def trained(**plan):

@@ -190,12 +190,14 @@ def on_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Stand-in")
 
-    def plan_of(gib, lengths=(100, 180, 700) * 40, packed=True, triton=True, tflops=790, config=None, **limits):
+    def plan_of(
+        gib, lengths=(100, 180, 700) * 40, packed=True, triton=True, tflops=790, config=None, model=MISTRAL, **limits
+    ):
         monkeypatch.setattr(planning, "has_varlen", lambda *_: packed)
         monkeypatch.setattr(planning.fuse, "available", lambda device: triton)
         monkeypatch.setattr(planning, "matmul_rate", lambda *_: tflops * 1e12)
         monkeypatch.setattr(planning.weights, "free_bytes", lambda device: gib * 2**30)
-        given = (MISTRAL, config or lora(r=32), quantized(dtype=torch.bfloat16), arguments(16, num_train_epochs=3))
+        given = (model, config or lora(r=32), quantized(dtype=torch.bfloat16), arguments(16, num_train_epochs=3))
         return plan(*given, dataset(list(lengths), answer=40), GPU, **limits)
 
     return plan_of
@@ -251,6 +253,9 @@ def test_fp8_is_planned_where_it_runs_and_refused_elsewhere(on_gpu):
 def test_short_steps_are_recorded_where_one_pass_of_16_bit_weights_holds_them(on_gpu):
     short, longer = {"lengths": (60, 90, 180) * 40}, {"lengths": (100, 180, 300) * 40}  # 1,760 and 3,093 tokens a step
     assert on_gpu(139, **short).graphs and not on_gpu(139, **longer).graphs
+    assert on_gpu(139, ranks=2, **longer).graphs  # each computes half of a step
+    small = {"model": MistralConfig(hidden_size=576, intermediate_size=1536, num_hidden_layers=30)}
+    assert on_gpu(139, **small, **longer).graphs  # fewer weights, as many kernels
     assert on_gpu(139, graphs="on", **longer).graphs and not on_gpu(139, graphs="off", **short).graphs
     dropping = on_gpu(139, config=lora(r=32, lora_dropout=0.1), **short)
     assert dropping.graphs and dropping.fused  # nothing waits for launching the masks' kernels
