@@ -71,7 +71,7 @@ class Job:
 def stages() -> dict[str, list[Job]]:
     """All jobs, by stage. Settings are chosen on validation splits (tune); the comparisons are all alike (SHORT)."""
     chats, notes = "samsum_small", "mts_dialog_small"
-    found = {name: [] for name in ("tune", "base", "main", "defects", "rank", "epochs", "rows", "bits", "best")}
+    found = {name: [] for name in ("tune", "base", "main", "defects", "rank", "epochs", "rows", "bits", "best", "fp8")}
 
     def job(stage, name, recipe, overrides, **more):
         found[stage].append(Job(f"{stage}-{name}", recipe, overrides, **more))
@@ -95,6 +95,8 @@ def stages() -> dict[str, list[Job]]:
         for name, recipe, splits in (("samsum", chats, ("validation", "test")), ("mts", notes, ())):
             ways = ("as the recipe", *BEAMED[recipe])
             job("main", f"{name}-{seed}", recipe, {"seed": seed}, splits=splits, decodings=ways)
+        for fp8 in ("on", "off"):  # both as "main", one after the other on the same GPUs
+            job("fp8", f"{fp8}-{seed}", chats, {"seed": seed, "engine.fp8": fp8}, splits=("validation", "test"))
         values = {"seed": seed, "training.learning_rate": 1e-3, "training.num_train_epochs": 8.0}
         values |= {"training.load_best_model_at_end": True, "training.metric_for_best_model": "rougeL"}
         job("best", f"mts-rougeL-{seed}", notes, values)
@@ -194,6 +196,7 @@ def work(folder: Path, job: Job):
     }
     if trained:
         summary |= {"run": trained.name, "config": trained.config, "manifest": trained.manifest, "log": trained.log}
+        summary["validation_loss"] = validation_loss(model, rows["validation"])
     summary["answers"] = []
     for way, name, split in itertools.product(job.decodings, job.answered, job.splits or SPLITS[job.recipe]):
         asked = recipe.model_copy(update={"generation": recipe.generation.model_copy(update=DECODINGS[way])})
@@ -204,6 +207,20 @@ def work(folder: Path, job: Job):
         summary["answers"].append({"defect": name, "split": split, "decoding": way, "seconds": seconds, "rows": kept})
         runs.write_json(result(folder, job).with_suffix(".part"), summary)
     result(folder, job).with_suffix(".part").rename(result(folder, job))
+
+
+def validation_loss(model, rows: list) -> float:
+    """The mean cross-entropy (nats) of a supervised token, in 16-bit products."""
+    import torch
+
+    from src import prompts
+    from src.engine import batches
+    from src.engine.trainer import summed_loss
+
+    packed = [batches.pack(part) for part in batches.validation_batches(prompts.dataset(rows), 8192)]
+    with torch.inference_mode():
+        sums = [summed_loss(model.eval(), part) for part in packed]
+    return sum(loss.item() for loss, _ in sums) / sum(count for _, count in sums)
 
 
 # ------------------------------------------------------------------------------------------------------------ scores
@@ -273,6 +290,7 @@ def setting(job: dict, answers: dict) -> str:
         "base": "as the recipe" + way if name.endswith("nf4") else name.partition("-")[2],
         "tune": "tuning: " + name.partition("-")[2] + way,
         "best": "best by ROUGE-L of generated answers, 1e-3, 8 epochs",
+        "fp8": f"trained with {'8' if name.startswith('on') else '16'}-bit products, steps recorded",
         "defects": "3,000 rows, 1 epoch" if answers["defect"] == "corrected" else "",
         "rank": f"3,000 rows, 1 epoch, rank {job['overrides'].get('lora.r')}",
         "epochs": f"3,000 rows, {job['overrides'].get('training.num_train_epochs')} epochs",
@@ -315,6 +333,7 @@ def entry(recipe: str, split: str, name: str, seed, scores: dict, found: tuple) 
         "scorer": "rouge-score, stemmed" if stemmed else "rouge-score, unstemmed", "n": len(answers["rows"]), **values,
         "length_cap": round(sum(row["stop"] == "length" for row in answers["rows"]) / len(answers["rows"]), 4),
         "minutes": round(manifest.get("train_seconds", 0) / 60, 2), "gpu": done["gpu"],
+        **({"validation_loss": round(done["validation_loss"], 4)} if "validation_loss" in done else {}),
     }  # fmt: skip
 
 
