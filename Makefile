@@ -58,6 +58,7 @@ notebooks: .venv/installed  ## run all notebooks in a copy of this folder, then 
 	cp -r outputs/demo outputs/samsum_small .build/outputs/  # what readers filled; 05 shows SAMSum's defects
 	cd .build && ../$(BIN)/jupyter nbconvert --to notebook --execute --inplace \
 		--ExecutePreprocessor.record_timing=False notebooks/*.ipynb
+	cd .build && ../$(BIN)/jupyter nbconvert --coalesce-streams --inplace notebooks/*.ipynb  # one line a progress bar
 	cp .build/notebooks/*.ipynb notebooks/ && cp .build/outputs/published_recipes/* outputs/published_recipes/
 	mv outputs/demo/ratings .build/ && rm -rf outputs/demo
 	cp -r .build/outputs/demo-*/evaluations/*/comparison outputs/demo && mv .build/ratings outputs/demo/

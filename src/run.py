@@ -12,26 +12,37 @@ from src import recipes, runs
 def run(name: str, overrides: dict | None = None, gpus: int = 1, prepared=False) -> tuple[runs.Run, runs.Evaluation]:
     """Run the chain for a recipe with overrides; the executed copies end up in outputs/<run>/notebooks.
 
-    prepared: leave out 01, because its rows are there and other processes read them.
+    prepared: leave out 01, because its rows are there and other processes read them. Where nothing changed that 01 to
+    03 read, what they made is used and 04 alone is run: it looks at other runs and at rating sheets too.
     """
-    recipes.load(name, overrides)  # a mistake is found here, before anything starts
-    from src import terminal
+    recipe = recipes.load(name, overrides)  # a mistake is found here, before anything starts
+    from src import reuse, terminal
 
     executed = runs.ROOT / "outputs" / f".notebooks{f'-{os.getpid()}' if prepared else ''}"
     shutil.rmtree(executed, ignore_errors=True)
     executed.mkdir(parents=True)
     parameters = {"RECIPE": name, "OVERRIDES": overrides or {}}
-    shared = parameters | {"NUM_GPUS": gpus}  # between GPUs
     os.environ["CHAIN"], training = str(os.getpid()), terminal.Training()
     try:
-        if not prepared:
-            _execute("01_prepare_data", executed, parameters)
-        with training:
-            _execute("02_train_qlora", executed, shared)
-        trained = _opened(executed / "02_train_qlora.ipynb")
-        print(f"== run {trained.name}", flush=True)
-        _execute("03_evaluate", executed, shared | {"RUN": trained.name})
-        evaluation = runs.find_evaluation(trained)
+        evaluation = reuse.find(recipe)
+        if evaluation:
+            notebooks = evaluation.run.folder / "notebooks"
+            shutil.copytree(notebooks, executed, dirs_exist_ok=True)
+            print("== 01, 02, 03 are not run again: nothing that they read has changed.")
+            print(f"== reused: run {evaluation.run.name} and its evaluation {evaluation.name}")
+            print(f"   (delete {runs.relative(notebooks)} to run them, the folder above it to train again)", flush=True)
+        else:
+            if not prepared:
+                _execute("01_prepare_data", executed, parameters)
+            read = reuse.inputs(recipe)
+            with training:
+                _execute("02_train_qlora", executed, parameters | {"NUM_GPUS": gpus})
+            trained = _opened(executed / "02_train_qlora.ipynb")
+            print(f"== run {trained.name}", flush=True)
+            _execute("03_evaluate", executed, parameters | {"NUM_GPUS": gpus, "RUN": trained.name})
+            evaluation = runs.find_evaluation(trained)
+            runs.write_sealed(executed / reuse.RECORD, read | {"evaluation": evaluation.name})
+        trained = evaluation.run
         _execute("04_compare", executed, parameters | {"RUN": trained.name, "EVALUATION": evaluation.name})
     except KeyboardInterrupt:
         raise KeyboardInterrupt(terminal.next_step(training.run())) from None

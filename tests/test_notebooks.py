@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from src import recipes, reuse, runs
 from tests.test_data import needs_mts, needs_samsum
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,6 +42,7 @@ def test_notebook_is_committed_as_run(path):
     outputs = [o for c in cells for o in c["outputs"]]
     assert outputs and not any(o["output_type"] == "error" for o in outputs)
     assert not any("widget" in kind for o in outputs for kind in o.get("data", {}))
+    assert not any("\r" in "".join(o.get("text", "")) for o in outputs)  # of a progress bar, its last state alone
     assert all(source(c).strip() for c in cells) and max(len(source(c).splitlines()) for c in cells) <= 25
 
 
@@ -173,17 +175,91 @@ def test_the_chain_runs_on_the_real_samsum(tmp_path):
     check_run(run, evaluation, stdout, 12)
 
 
-def test_the_chain_runs_on_a_file_of_ones_own(tmp_path):
-    copy_repository(tmp_path)
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """A chain on a file of one's own: the copy of the repository, its overrides, and what `chain` returned."""
+    folder = tmp_path_factory.mktemp("own")
+    copy_repository(folder)
     rows = [{"dialogue": f"Ann: lunch at {n}?\nBob: fine", "summary": f"They meet at {n}."} for n in range(40)]
-    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (folder / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     overrides = {**SMALL, "prompt.style": "plain", "data.train_file": "mine.jsonl", "evaluation.rows": 4}
-    run, evaluation, stdout = chain(tmp_path, "custom", overrides)
+    return folder, overrides, *chain(folder, "custom", overrides)
+
+
+def test_the_chain_runs_on_a_file_of_ones_own(own):
+    _, _, run, evaluation, stdout = own
     check_run(run, evaluation, stdout, 4)
     assert "too few to compare" in stdout
     answers = [json.loads(line) for line in (evaluation / "predictions" / "finetuned.jsonl").open(encoding="utf-8")]
     for row in answers[:2]:
         assert follow_the_card(run / "adapter", row["section"], row["dialogue"]) == row["prediction"]
+
+
+def test_the_same_command_again_reuses_what_is_there_and_says_which(own):
+    folder, overrides, run, evaluation, _ = own
+    kept = [*(run / "notebooks" / f"{name}.ipynb" for name in reuse.NOTEBOOKS), evaluation / "metrics.json"]
+    before, page = [path.read_bytes() for path in kept], evaluation / "comparison" / "side_by_side.html"
+    page.unlink()
+    sheet = (run / "notebooks" / "04_compare.ipynb").stat().st_mtime_ns
+    command = [sys.executable, "-m", "src.run", "custom", json.dumps(overrides)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if line.startswith("== ")] == [
+        "== 01, 02, 03 are not run again: nothing that they read has changed.",
+        f"== reused: run {run.name} and its evaluation {evaluation.name}",
+        "== 04_compare",
+    ]
+    assert page.is_file() and (run / "notebooks" / "04_compare.ipynb").stat().st_mtime_ns > sheet
+    assert [path.read_bytes() for path in kept] == before
+
+
+ADDED = "\n# a comment\n"
+CHANGES = {  # what is changed in the copy: (file, what becomes of its bytes, or None to delete it, what is said)
+    "own file": ("mine.jsonl", lambda b: b + b'\n{"dialogue": "A: so?", "summary": "So."}', "rows changed"),
+    "prepared rows": ("data/processed/custom/test.jsonl", None, "rows or base model changed"),
+    "code": ("src/scoring.py", lambda b: b + ADDED.encode(), "code changed"),
+    "a recipe's file": ("src/recipes/demo.toml", lambda b: b + ADDED.encode(), "code changed"),
+    "a notebook": ("notebooks/03_evaluate.ipynb", lambda b: b.replace(b"REDO = False", b"REDO = True "), "notebooks"),
+    "predictions": ("RUN/EVALUATION/predictions/base.jsonl", lambda b: b + b"\n", "was set aside"),
+    "adapter": ("RUN/adapter/adapter_model.safetensors", lambda b: b[:-1], "was set aside"),
+    "an executed notebook": ("RUN/notebooks/03_evaluate.ipynb", None, ""),
+    "record": ("RUN/notebooks/inputs.json", lambda b: b.replace(b"transformers", b"transformer5"), "its seal"),
+    "nothing": ("README.md", lambda _: b"", None),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_whatever_changed_is_run_again(own, tmp_path, what):
+    _, overrides, run, evaluation, _ = own
+    path, change, said = CHANGES[what]
+    shutil.copytree(own[0], tmp_path, symlinks=True, dirs_exist_ok=True)
+    path = tmp_path / path.replace("RUN", f"outputs/{run.name}").replace("EVALUATION", f"evaluations/{evaluation.name}")
+    before = path.read_bytes() if path.is_file() else b""
+    path.write_bytes(change(before)) if change else path.unlink()
+    program = f"from src import recipes, reuse\nprint(reuse.find(recipes.load('custom', {overrides!r})))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    if said is None:
+        assert done.stdout.strip() == f"Evaluation(run=Run(name='{run.name}'), name='{evaluation.name}')"
+    else:
+        assert done.stdout.endswith("None\n") and said in done.stdout
+
+
+def test_other_settings_versions_or_weights_are_run_again(own, monkeypatch, capsys):
+    folder, overrides, run, _, _ = own
+    monkeypatch.setattr(runs, "ROOT", folder)
+    monkeypatch.setattr(reuse.identity, "code", lambda *_: load(run / "notebooks" / "inputs.json")["code"])
+    same = recipes.load("custom", overrides)
+    assert reuse.find(same).run.name == run.name
+    for other in ({"lora.r": 3}, {"generation.max_new_tokens": 15}, {"seed": 1}, {"evaluation.rows": 3}):
+        assert reuse.find(recipes.load("custom", overrides | other)) is None, other
+    assert capsys.readouterr().out == ""
+    with monkeypatch.context() as other:
+        other.setattr(reuse.measured, "versions", lambda _: {"torch": "0.1"})
+        assert reuse.find(same) is None
+    assert "versions changed" in capsys.readouterr().out
+    monkeypatch.setattr(reuse.identity, "base", lambda *_: {"model.safetensors": "0"})
+    assert reuse.find(same) is None
+    assert "base model changed" in capsys.readouterr().out
 
 
 def follow_the_card(adapter, section, dialogue):

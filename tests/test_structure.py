@@ -20,7 +20,8 @@ MAY_IMPORT = {  # room or file of src: what of src it may import beside itself
     "intervals": {"metrics"},
     "scoring": {"recipes", "runs", "intervals"},
     "qlora": {"recipes", "runs", "data", "prompts", "scoring", "engine"},
-    "run": {"recipes", "runs", "terminal", "analysis"},  # analysis for its last words, see below
+    "reuse": {"runs", "data"},
+    "run": {"recipes", "runs", "reuse", "terminal", "analysis"},  # analysis for its last words, see below
     "terminal": {"runs"},
     "lab": {"runs"},
     "colab": set(),
@@ -45,6 +46,7 @@ WITHOUT_TORCH = (
     "analysis",
     "run",
     "terminal",
+    "reuse",
     "lab",
     "colab",
     "verify",
@@ -165,7 +167,7 @@ def listed(paths) -> str:
     return "\n".join(f"{length(path):6} {name(path)}" for path in sorted(paths, key=length, reverse=True))
 
 
-@pytest.mark.parametrize(("folder", "budget"), [("src", 2360), ("src/engine", 1880), ("src/analysis", 1430)])
+@pytest.mark.parametrize(("folder", "budget"), [("src", 2420), ("src/engine", 1880), ("src/analysis", 1430)])
 def test_rooms_stay_within_their_budget(folder, budget):
     paths = sorted((ROOT / folder).glob("*.py"))
     lines = sum(map(length, paths))

@@ -1,6 +1,5 @@
 """A run scored on one split with one way of decoding, in outputs/<run>/evaluations/<split>-<8 hex>."""
 
-import datetime
 import re
 import time
 from dataclasses import dataclass
@@ -161,11 +160,10 @@ def open_evaluation(run: Run, recipe, rows, generation, redo: bool = False) -> E
     if not same:
         for old in [folder / "metrics.json", *folder.glob(".answers-*.json")]:
             old.unlink(missing_ok=True)
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
-    files.write_atomic(folder / ".opened", now)  # "latest" is the one opened last
+    files.mark_opened(folder)
     if not (folder / "metrics.json").is_file():
-        config = {"run": run.name, "evaluation": evaluation.name, "created": now, "limit": recipe.evaluation.rows}
-        config |= {**values, "inputs": inputs, "environment": environment()}
+        config = {"run": run.name, "evaluation": evaluation.name, "created": evaluation.opened}
+        config |= {"limit": recipe.evaluation.rows, **values, "inputs": inputs, "environment": environment()}
         write_sealed(folder / "evaluation.json", config)
     return evaluation
 

@@ -1,5 +1,6 @@
 """Files that are written whole or not at all, sealed against damage, and errors that say what to do about a file."""
 
+import datetime
 import errno
 import json
 import os
@@ -60,6 +61,11 @@ def write_atomic(path: Path, text: str) -> Path:
         file.flush()
         os.fsync(file.fileno())  # the name must not reach the disk before the text
     return path
+
+
+def mark_opened(folder: Path):
+    """Note that a run or an evaluation is used now: "latest" is the one opened last."""
+    write_atomic(folder / ".opened", datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds"))
 
 
 def write_json(path: Path, value) -> Path:

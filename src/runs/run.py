@@ -1,6 +1,5 @@
 """A trained run in outputs/<recipe>-<8 hex>: opened, locked, continued, saved, checked and found again."""
 
-import datetime
 import os
 import re
 import shutil
@@ -9,7 +8,7 @@ from pathlib import Path
 
 from src import recipes, runs
 from src.runs import checkpoints, files, identity, locks
-from src.runs.files import read_jsonl, read_sealed, write_atomic, write_json, write_jsonl, write_sealed
+from src.runs.files import read_jsonl, read_sealed, write_json, write_jsonl, write_sealed
 from src.runs.measured import measured
 
 
@@ -174,8 +173,7 @@ def open(recipe, trainer, prompt_template: dict) -> Run:
         found = None
     if not found:
         run.lock()
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
-    write_atomic(run.folder / ".opened", now)  # "latest" is the one opened last
+    files.mark_opened(run.folder)
     if found:
         run.remove_checkpoints()  # a kill may have come before `save` did so
         run.unlock()
