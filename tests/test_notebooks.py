@@ -215,8 +215,8 @@ def test_the_same_command_again_reuses_what_is_there_and_says_which(own):
 
 ADDED = "\n# a comment\n"
 CHANGES = {  # what is changed in the copy: (file, what becomes of its bytes, or None to delete it, what is said)
-    "own file": ("mine.jsonl", lambda b: b + b'\n{"dialogue": "A: so?", "summary": "So."}', "rows changed"),
-    "prepared rows": ("data/processed/custom/test.jsonl", None, "rows or base model changed"),
+    "own file": ("mine.jsonl", lambda b: b + b'\n{"dialogue": "A: so?", "summary": "So."}', "rows or base"),
+    "prepared rows": ("data/processed/custom/test.jsonl", None, "rows or base"),
     "code": ("src/scoring.py", lambda b: b + ADDED.encode(), "code changed"),
     "a recipe's file": ("src/recipes/demo.toml", lambda b: b + ADDED.encode(), "code changed"),
     "a notebook": ("notebooks/03_evaluate.ipynb", lambda b: b.replace(b"REDO = False", b"REDO = True "), "notebooks"),
