@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
-from src import data, recipes, scoring  # noqa: E402
+from src import data, intervals, recipes, scoring  # noqa: E402
 from src.analysis import baselines  # noqa: E402
 from src.metrics.pooled import pooled  # noqa: E402
 
@@ -35,7 +35,7 @@ SINGLE = ("EACL 1", "EACL 4", "stock answer", "whole dialogue")
 def population() -> dict[str, dict[str, np.ndarray]]:
     """{system: ROUGE-1 and ROUGE-L of 100 rows, and counts}."""
     recipe = recipes.load("mts_dialog")
-    found = [(p, r) for _, p, r in baselines.other_systems(recipe, progress=False).values()]
+    found = [(p, r) for _, p, r in baselines.other_systems(recipe).values()]
     systems = {f"EACL {number}": predictions for number, (predictions, _) in enumerate(found, 1)}
     records = data.load_split(recipe, "validation")
     by_reference = {record["summary"].strip(): record for record in records}
@@ -122,7 +122,7 @@ def main():
     systems = population()
     for n in SIZES:
         for kind in ("rows", "counts"):
-            if kind == "counts" and n < scoring.POOLED and n not in (10, 50):
+            if kind == "counts" and n < intervals.POOLED and n not in (10, 50):
                 continue  # no interval; p at two sizes
             for name in SINGLE:
                 results += lines("interval of a score", name, n, singles(systems[name], kind, n, rng))

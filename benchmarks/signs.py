@@ -92,10 +92,10 @@ def against_people(values: np.ndarray, wrong: np.ndarray, draws: list[np.ndarray
 
 def main():
     mts, samsum, drugs = recipes.load("mts_dialog"), recipes.load("samsum"), drug_finder()
-    data.prepare(mts, progress=False)
+    data.prepare(mts)
     sets = {"MTS-Dialog": [r for split in recipes.splits("mts_dialog")[1:] for r in data.load_split(mts, split)]}
     if (runs.ROOT / "data" / "raw" / "samsum" / "test.json").exists():
-        data.prepare(samsum, progress=False)
+        data.prepare(samsum)
         sets["SAMSum test"] = data.load_split(samsum, "test")
     signs = {
         "numbers": (faithfulness.unsupported, baselines.number_changed),

@@ -172,7 +172,7 @@ class Recipe(Section):
     def __str__(self) -> str:
         """The recipe in the order of its file, with overridden fields marked."""
         lines, section = [], ""
-        for key, value in _flat(self).items():
+        for key, value in flat(self.model_dump()).items():
             text = f"{key.rpartition('.')[2]} = {value!r}"
             if key.rpartition(".")[0] != section:
                 section = key.rpartition(".")[0]
@@ -213,7 +213,7 @@ def build(values: dict, overrides: dict[str, Any] | None = None) -> Recipe:
     before, given = _validated(values), {} if overrides is None else overrides
     if not isinstance(given, dict):
         raise RecipeError(f'OVERRIDES is {shown(given)}: expected a dictionary such as {{"lora.r": 8}}.')
-    changed, known = before.model_dump(), _flat(before)
+    changed, known = before.model_dump(), flat(before.model_dump())
     if given.get("base_model", before.base_model) != before.base_model:
         changed["revision"] = Recipe.model_fields["revision"].default  # the file's is a commit of its own base model
     for key, value in given.items():
@@ -223,17 +223,17 @@ def build(values: dict, overrides: dict[str, Any] | None = None) -> Recipe:
         target = changed[section] if section else changed
         target[field] = list(value) if isinstance(value, tuple) else value
     recipe = _validated(changed)
-    after = _flat(recipe)
+    after = flat(recipe.model_dump())
     recipe._overridden.update({key: known[key] for key in given if known[key] != after[key]})
     return recipe
 
 
-def _flat(recipe: Recipe) -> dict[str, Any]:
-    """{"seed": 42, "lora.r": 8, ...}: every field that OVERRIDES accepts."""
+def flat(recipe: dict) -> dict[str, Any]:
+    """{"seed": 42, "lora.r": 8, ...} of a recipe as a nested dictionary: every field that OVERRIDES accepts."""
     values = {}
-    for key, value in recipe.model_dump(exclude={"name"}).items():
+    for key, value in recipe.items():
         values |= {f"{key}.{name}": part for name, part in value.items()} if isinstance(value, dict) else {key: value}
-    return values
+    return {key: value for key, value in values.items() if key != "name"}
 
 
 def _validated(values: dict) -> Recipe:
@@ -249,7 +249,9 @@ def _sentence(problem: dict) -> str:
     if not key:
         return what.removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
-        return f"Unknown field {key!r}.{closest(key, _flat(Recipe(name='')))} src/recipes.py lists all fields."
+        return (
+            f"Unknown field {key!r}.{closest(key, flat(Recipe(name='').model_dump()))} src/recipes.py lists all fields."
+        )
     choices = problem.get("ctx", {}).get("expected", "").replace("'", "").replace(" or ", ", ").split(", ")
     what = what.removeprefix("Value error, ")
     return f"{key} is {shown(found)} ({type(found).__name__}): {what[0].lower() + what[1:]}.{closest(found, choices)}"

@@ -12,20 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from src.intervals import (  # noqa: F401  used elsewhere as scoring.with_intervals and so on
-    DRAWS,
-    EXACT,
-    FEW,
-    METHODS,
-    POOLED,
-    SMALL,
-    corpus,
-    distribution,
-    over_seeds,
-    paired_test,
-    resamples,
-    with_intervals,
-)
+from src.intervals import DRAWS, FEW, METHODS, corpus, over_seeds, paired_test, resamples, with_intervals  # noqa: F401
 
 COUNTED = ("bleu", "chrf")  # metrics of pooled counts
 COLUMNS = {  # column: what computes it, on which scale

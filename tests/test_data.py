@@ -7,6 +7,7 @@ import os
 import pathlib
 import random
 import re
+import shutil
 import sys
 import tomllib
 
@@ -269,11 +270,11 @@ def test_no_network_and_no_file_names_url_path_and_checksum(repository, monkeypa
     import pooch
     import requests
 
-    def unreachable(url, known_hash, path, fname, progressbar):
-        (path / fname).write_text("half", encoding="utf-8")
+    def unreachable(url, file, _):
+        pathlib.Path(file).write_text("half", encoding="utf-8")
         raise requests.ConnectionError("no route")
 
-    monkeypatch.setattr(pooch, "retrieve", unreachable)
+    monkeypatch.setattr(pooch.core, "choose_downloader", lambda url, progressbar: unreachable)
     with pytest.raises(
         DataError,
         match=r"corpus.7z is missing and https://arxiv.org\S+ cannot be fetched.*a97674c.*at data/raw/samsum/corpus.7z",
@@ -287,11 +288,10 @@ def downloads(monkeypatch):
     """Every download brings "abc"."""
     import pooch
 
-    monkeypatch.setattr(
-        pooch,
-        "retrieve",
-        lambda url, known_hash, path, fname, progressbar: (path / fname).write_bytes(b"abc"),
-    )
+    def download(url, file, _):
+        pathlib.Path(file).write_bytes(b"abc")
+
+    monkeypatch.setattr(pooch.core, "choose_downloader", lambda url, progressbar: download)
 
 
 # sha256 of "abc", as published with the algorithm
@@ -299,15 +299,15 @@ ABC = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
 def test_a_download_is_verified_and_renamed(repository, downloads):
-    assert data.fetch(repository / "raw", "x.csv", ABC, "https://host.invalid/x.csv", False).read_bytes() == b"abc"
+    assert data.fetch(repository / "raw", "x.csv", ABC, "https://host.invalid/x.csv").read_bytes() == b"abc"
     assert [p.name for p in (repository / "raw").iterdir()] == ["x.csv"]
 
 
 def test_a_broken_download_never_gets_its_final_name(repository, downloads, monkeypatch):
     renamed = []
-    monkeypatch.setattr(pathlib.Path, "replace", lambda path, target: renamed.append(target))
-    with pytest.raises(DataError, match=f"raw/x.csv from https://host.invalid/x.csv has sha256 {ABC}, expected 0000"):
-        data.fetch(repository / "raw", "x.csv", "0" * 64, "https://host.invalid/x.csv", False)
+    monkeypatch.setattr(shutil, "move", lambda path, target: renamed.append(target))
+    with pytest.raises(DataError, match=f"raw/x.csv from https://host.invalid/x.csv.*expected 0{{64}} but got {ABC}"):
+        data.fetch(repository / "raw", "x.csv", "0" * 64, "https://host.invalid/x.csv")
     assert not renamed and list((repository / "raw").iterdir()) == []
 
 
@@ -481,7 +481,7 @@ def test_leaving_out_every_training_row_is_refused(repository):
 @needs_mts
 def test_the_published_mts_dialog_files_are_what_we_say():
     recipe = recipes.load("mts_dialog")
-    report = data.prepare(recipe, progress=False)
+    report = data.prepare(recipe)
     assert report["rows"] == {"train": 1201, "validation": 100, "test1": 200, "test2": 200} and not report["dropped"]
     rows, expected = (
         data.train_rows(recipe),
@@ -492,7 +492,7 @@ def test_the_published_mts_dialog_files_are_what_we_say():
     assert near == {"validation in train": 0, "test1 in train": 1, "test2 in train": 5}
     assert ids_of_leaks(recipe) == "93a6e000b36b761ed9aa7b0622727247fc72d11dddc365b1428f11f324f22e9b"
     assert not any("\r" in r["dialogue"] for r in rows) and sum(r["summary"] == "None." for r in rows) == 37
-    assert len(data.read_table(data.published_file("mts_dialog", "released_outputs", progress=False))) == 400
+    assert len(data.read_table(data.published_file("mts_dialog", "released_outputs"))) == 400
     best = data.train_rows(recipes.load("mts_dialog_best"))
     seen = [data.seen(data.load_split(recipe, split), best) for split in expected]
     assert seen == [{"same": [], "near": []}] * 3 and 1180 < len(best) < 1201
@@ -507,7 +507,7 @@ def ids_of_leaks(recipe):
 @needs_samsum
 def test_the_published_samsum_files_are_what_we_say():
     recipe = recipes.load("samsum")
-    report = data.prepare(recipe, progress=False)
+    report = data.prepare(recipe)
     assert report["rows"] == {"train": 14731, "validation": 818, "test": 819}
     assert report["dropped"] == {"train": [{"id": "13828807", "reason": "empty dialogue"}]}
     assert report["leaks"]["across"] == {"validation in train": 47, "test in train": 42, "test in validation": 4}

@@ -134,7 +134,7 @@ def test_enough_is_checked():
 
 def test_the_page_of_fields_says_default_values_and_meaning_of_each():
     page = docs.FIELDS.read_text(encoding="utf-8")  # test_structure.py holds it to be fresh
-    for key in recipes._flat(recipes.load("demo")):
+    for key in recipes.flat(recipes.load("demo").model_dump()):
         (row,) = re.findall(rf"^\| `{re.escape(key)}` \| (.*) \|$", page, re.M)
         default, values, meaning = (cell.strip() for cell in re.split(r"(?<!\\)\|", row))
         assert default and values and len(meaning) > 5, key

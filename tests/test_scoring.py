@@ -86,7 +86,7 @@ def test_bleu_and_chrf_of_any_rows_are_sacrebleus():
         assert found["sacreBLEU"] == pytest.approx(BLEU().corpus_score(one, other).score, abs=1e-9)
         assert found["chrF"] == pytest.approx(CHRF().corpus_score(one, other).score, abs=1e-9)
     draws = scoring.resamples(43, 0)
-    drawn = scoring.distribution(rows, draws)
+    drawn = intervals.distribution(rows, draws)
     for column, values in drawn.items():
         by_one = [scoring.corpus(rows, draw)[column] for draw in draws[:50]]
         np.testing.assert_allclose(values[:50], by_one, atol=1e-9)
@@ -216,7 +216,7 @@ def test_bounds_of_bleu_and_chrf_are_scipys_bca_bootstrap(column):
     ).confidence_interval  # fmt: skip
     found = _all(rows, 120)[column]
     assert (found["low"], found["high"]) == pytest.approx(tuple(theirs), abs=0.07 * (theirs.high - theirs.low))
-    percentiles = np.quantile(scoring.distribution(rows, scoring.resamples(120, 0))[column], [0.025, 0.975])
+    percentiles = np.quantile(intervals.distribution(rows, scoring.resamples(120, 0))[column], [0.025, 0.975])
     assert (found["low"], found["high"]) != pytest.approx(tuple(percentiles), rel=1e-3)
 
 
@@ -327,7 +327,7 @@ def test_p_is_scipys_permutation_test(n):
     ).pvalue
     ours = scoring.paired_test(scored(first), scored(second), np.arange(n), seed=0)["ROUGE-L"]["p"]
     assert 0.01 < theirs < 0.99
-    assert ours == pytest.approx(theirs, abs=1e-9 if n <= scoring.EXACT else 0.05)
+    assert ours == pytest.approx(theirs, abs=1e-9 if n <= intervals.EXACT else 0.05)
 
 
 @pytest.mark.parametrize("n", [10, 30])
@@ -363,7 +363,7 @@ def test_our_resamples_counted_as_sacrebleu_counts_give_its_p_value():
     ours = scoring.paired_test(one, two, np.arange(150), seed=0)["sacreBLEU"]
     assert ours["difference"] == pytest.approx(theirs["BLEU"][1].score - theirs["BLEU"][0].score)
     draws = scoring.resamples(150, 0)
-    before, after = (scoring.distribution(rows, draws)["sacreBLEU"] for rows in (one, two))
+    before, after = (intervals.distribution(rows, draws)["sacreBLEU"] for rows in (one, two))
     drawn = np.abs(after - before)
     assert (drawn - drawn.mean() > ours["difference"]).mean() == pytest.approx(theirs["BLEU"][1].p_value, abs=0.06)
     low, high = np.quantile(after - before, [0.025, 0.975])  # BCa's bounds lie near the percentiles

@@ -6,6 +6,7 @@ import re
 from collections import Counter, defaultdict
 
 import numpy as np
+from scipy import sparse
 
 from src import data, recipes, scoring
 from src.analysis.faithfulness import words
@@ -18,10 +19,6 @@ NUMBER_WORDS = [
 CHANGEABLE = re.compile(  # not the 2 of "2. Zocor"
     rf"\b(?:(?!\d\.\s)\d{{1,4}}|{'|'.join(word for kind in NUMBER_WORDS for word in kind)})\b", re.I
 )
-
-
-def whole_dialogue(record: dict) -> str:
-    return record["dialogue"]
 
 
 def lead3(record: dict) -> str:
@@ -52,25 +49,21 @@ def nearest_summaries(records: list[dict], train: list[dict]) -> list[str]:
     df the number of the N training dialogues that hold it. (scikit-learn adds 1 to the second factor by default.)
     """
     counts = [Counter(words(row["dialogue"])) for row in train]
-    frequency = Counter(word for count in counts for word in count)
-    idf = {word: math.log(len(train) / n) for word, n in frequency.items()}
-    rows_of, weights_of, norms = defaultdict(list), defaultdict(list), np.zeros(len(train))
-    for i, count in enumerate(counts):
-        for word, n in count.items():
-            weight = (1 + math.log(n)) * idf[word]
-            rows_of[word].append(i)
-            weights_of[word].append(weight)
-            norms[i] += weight**2
-    index = {word: (np.array(rows), np.array(weights_of[word])) for word, rows in rows_of.items()}
-    sections, norms = np.array([row["section"] for row in train]), np.sqrt(np.maximum(norms, 1e-12))
-    summaries = []
+    dialogues_with = Counter(word for count in counts for word in count)
+    column = {word: i for i, word in enumerate(dialogues_with)}
+    idf = {word: math.log(len(train) / n) for word, n in dialogues_with.items()}
+
+    def vectors(counts: list[Counter]) -> sparse.csr_array:
+        known = [[(word, n) for word, n in count.items() if word in column] for count in counts]
+        weights = [(1 + math.log(n)) * idf[word] for row in known for word, n in row]
+        columns = np.array([column[word] for row in known for word, _ in row], dtype=int)
+        ends = np.cumsum([0, *map(len, known)])
+        return sparse.csr_array((weights, columns, ends), shape=(len(counts), len(column)))
+
+    trained, sections, summaries = vectors(counts), np.array([row["section"] for row in train]), []
+    norms = np.sqrt(np.maximum((trained * trained).sum(axis=1), 1e-12))
     for record in records:
-        similarity = np.zeros(len(train))
-        for word, n in Counter(words(record["dialogue"])).items():
-            if word in index:
-                rows, weights = index[word]
-                similarity[rows] += (1 + math.log(n)) * idf[word] * weights
-        similarity /= norms
+        similarity = trained @ vectors([Counter(words(record["dialogue"]))]).toarray()[0] / norms
         same = sections == record["section"]
         if same.any():
             similarity = np.where(same, similarity, -1)
@@ -81,7 +74,7 @@ def nearest_summaries(records: list[dict], train: list[dict]) -> list[str]:
 def without_model(records: list[dict], train: list[dict]) -> dict[str, list[str]]:
     """Systems that need no model, by name. A model that scores below "whole dialogue" is worth less than a copy."""
     systems = {
-        "whole dialogue": [whole_dialogue(record) for record in records],
+        "whole dialogue": [record["dialogue"] for record in records],
         "LEAD-3": [lead3(record) for record in records],
         "LONGEST-3": [longest3(record) for record in records],
         "nearest training summary": nearest_summaries(records, train),
@@ -129,30 +122,27 @@ def probes(records: list[dict], split: str) -> dict[str, tuple[str, list[str], l
     A score that these keep is a score that a wrong summary can have. Scored like `other_systems`. A probe that can
     change no row is left out.
     """
+    changes = {"references, two speakers swapped": speakers_swapped, "references, one number changed": number_changed}
     found = {}
-    for name, change in (
-        ("references, two speakers swapped", speakers_swapped),
-        ("references, one number changed", number_changed),
-    ):
-        pairs = [(change(record), record["summary"]) for record in records]
-        pairs = [(wrong, right) for wrong, right in pairs if wrong is not None]
-        if pairs:
-            rows = f"{split}, {len(pairs)} of {len(records)} rows"
-            found[name] = (rows, [wrong for wrong, _ in pairs], [right for _, right in pairs])
+    for name, change in changes.items():
+        wrong = {i: text for i, record in enumerate(records) if (text := change(record)) is not None}
+        if wrong:
+            rows = f"{split}, {len(wrong)} of {len(records)} rows"
+            found[name] = (rows, list(wrong.values()), [records[i]["summary"] for i in wrong])
     return found
 
 
-def released_outputs(progress: bool = True) -> list[dict]:
+def released_outputs() -> list[dict]:
     """The summaries that four EACL-2023 systems made of MTS-Dialog's validation split, system after system (CC BY 4.0).
 
     400 rows: ID, Dialogue, Reference Summary, Automatic Summary.
     """
-    return data.read_table(data.published_file("mts_dialog", "released_outputs", progress))
+    return data.read_table(data.published_file("mts_dialog", "released_outputs"))
 
 
-def manual_scores(progress: bool = True) -> list[dict[str, float]]:
+def manual_scores() -> list[dict[str, float]]:
     """What people found in each row of `released_outputs`: FactualPrecision, HallucinationRate and others, 0-1."""
-    rows = data.read_table(data.published_file("mts_dialog", "manual_scores", progress))
+    rows = data.read_table(data.published_file("mts_dialog", "manual_scores"))
     return [{name: float(value) for name, value in row.items()} for row in rows]
 
 
@@ -166,20 +156,19 @@ def human_pairs(rows: list[dict]) -> list[tuple[str, str]]:
     return [(found[1], found[0]) for found in summaries.values() if len(found) > 1]
 
 
-def other_systems(recipe, progress: bool = True) -> dict[str, tuple[str, list[str], list[str]]]:
+def other_systems(recipe) -> dict[str, tuple[str, list[str], list[str]]]:
     """Summaries of the recipe's dataset by other systems or people: {name: (split, summaries, references)}.
 
-    MTS-Dialog: the released outputs; each system starts where the ids begin again. SAMSum: one annotator's summary
+    MTS-Dialog: the released outputs, of each system as many as there are ids. SAMSum: one annotator's summary
     against another's, from all splits. Other datasets: nothing.
     """
     systems = {}
     if recipe.data.dataset == "mts_dialog":
-        rows = released_outputs(progress)
-        starts = [i for i, row in enumerate(rows) if row["ID"] == rows[0]["ID"]]
-        for number, (start, end) in enumerate(zip(starts, [*starts[1:], len(rows)], strict=True), 1):
-            summaries = [row["Automatic Summary"] for row in rows[start:end]]
-            references = [row["Reference Summary"] for row in rows[start:end]]
-            systems[f"EACL-2023 system {number} (released outputs)"] = ("validation", summaries, references)
+        rows = released_outputs()
+        n = len({row["ID"] for row in rows})
+        for number, system in enumerate((rows[start : start + n] for start in range(0, len(rows), n)), 1):
+            texts = ([row[column] for row in system] for column in ("Automatic Summary", "Reference Summary"))
+            systems[f"EACL-2023 system {number} (released outputs)"] = ("validation", *texts)
     if recipe.data.dataset == "samsum":
         splits = recipes.splits("samsum")
         pairs = human_pairs([row for split in splits for row in data.load_split(recipe, split)])

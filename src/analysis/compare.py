@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from src import runs, scoring
+from src import recipes, runs, scoring
 from src.analysis.tables import cells, digits, interval, p_value
 
 MAIN = ("ROUGE-1", "ROUGE-L", "sacreBLEU", "chrF")
@@ -80,11 +80,7 @@ def table(compared: list[Compared], current) -> pd.DataFrame:
 
     Then a row for each setting that was trained with several seeds: mean, 95% interval and standard deviation (SD).
     """
-    first = ["run", "evaluation", "date", "split", "n"]
-    rows = [_row(one, one.evaluation == current) for one in compared]
-    if not rows:
-        return pd.DataFrame(columns=[*first, "steps", "minutes", "best validation loss", "base ROUGE-L", *MAIN])
-    whole = pd.DataFrame(rows).set_index("run").fillna("")
+    whole = pd.DataFrame([_row(one, one.evaluation == current) for one in compared]).set_index("run").fillna("")
     means = [_over_seeds(group, whole) for group in _settings(compared) if len(group) > 1]
     return pd.concat([whole, *means]).fillna("") if means else whole
 
@@ -151,12 +147,8 @@ def _over_seeds(group: list[Compared], whole: pd.DataFrame) -> pd.DataFrame:
 
 def _trained(config: dict) -> dict:
     """What was trained, as {dotted name: value}: the recipe's fields, and what only a cell's objects can change."""
-    recipe, fields = config["recipe"], {}
-    for name, value in recipe.items():
-        if isinstance(value, dict) and name not in ("evaluation", "generation", "engine"):
-            fields |= {f"{name}.{key}": part for key, part in value.items()}
-        elif not isinstance(value, dict) and name not in ("name", "device"):
-            fields[name] = value
+    recipe, other = config["recipe"], ("evaluation", "generation", "engine", "device")
+    fields = {key: value for key, value in recipes.flat(recipe).items() if key.partition(".")[0] not in other}
     for section in ("lora", "training"):
         fields |= {
             f"{section}.{key}": value

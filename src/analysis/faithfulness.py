@@ -84,22 +84,18 @@ def statistics(systems: dict[str, list[str]], records: list[dict], answers: dict
 
     `answers`: prediction rows of the systems that were generated; for these also how generation ended.
     """
-    texts = systems | {"reference": [record["summary"] for record in records]}
-    return {name: _statistics(texts[name], records, answers.get(name)) for name in texts}
-
-
-def _statistics(predictions: list[str], records: list[dict], answers: list[dict] | None) -> dict[str, float | None]:
-    n, pairs = len(records), [(p, r["dialogue"]) for p, r in zip(predictions, records, strict=True)]
-    lengths = sum(len(prediction.split()) for prediction in predictions)
-    novel = [novel_bigrams(*pair) for pair in pairs]
-    found = {
-        "mean words": lengths / n,
-        "words per reference word": lengths / sum(len(record["summary"].split()) for record in records),
-        "novel bigrams": None if np.isnan(novel).all() else float(np.nanmean(novel)),
-        "rows with unsupported numbers": sum(bool(unsupported(*pair)) for pair in pairs) / n,
-        "empty": sum(not prediction.strip() for prediction in predictions) / n,
-    }
-    if answers:
-        found["ended by EOS"] = sum(answer["stop"] == "eos" for answer in answers) / n
-        found["hit the length cap"] = sum(answer["stop"] == "length" for answer in answers) / n
+    n, references, found = len(records), [record["summary"] for record in records], {}
+    for name, texts in (systems | {"reference": references}).items():
+        pairs = [(text, record["dialogue"]) for text, record in zip(texts, records, strict=True)]
+        length, novel = sum(len(text.split()) for text in texts), [novel_bigrams(*pair) for pair in pairs]
+        found[name] = {
+            "mean words": length / n,
+            "words per reference word": length / sum(len(reference.split()) for reference in references),
+            "novel bigrams": None if np.isnan(novel).all() else float(np.nanmean(novel)),
+            "rows with unsupported numbers": sum(bool(unsupported(*pair)) for pair in pairs) / n,
+            "empty": sum(not text.strip() for text in texts) / n,
+        }
+        ends = [answer["stop"] for answer in answers.get(name, ())]
+        if ends:
+            found[name] |= {"ended by EOS": ends.count("eos") / n, "hit the length cap": ends.count("length") / n}
     return found

@@ -133,20 +133,22 @@ def loss_curves(found: list):
     for i, one in enumerate(runs.values()):
         log = one.evaluation.run.log
         style = {"color": MORE[i % len(MORE)], "ls": ("-", "--", ":", "-.")[i // len(MORE) % 4]}
-        trained = [(row["step"], row["loss"]) for row in log if "loss" in row]
-        evaluated = [(row["step"], row["eval_loss"]) for row in log if "eval_loss" in row]
+        trained, evaluated = _points(log, "loss"), _points(log, "eval_loss")
         axis.plot(*zip(*trained, strict=True), lw=0.8, alpha=0.5, **style)
         axis.plot(*zip(*(evaluated or trained[-1:]), strict=True), marker="o", ms=4, label=one.label, **style)
-    axis.set(xlabel="optimizer step", ylabel="loss (nats a supervised token)")
-    _log_losses(axis)
+    _name_losses(axis)
     fig.legend(loc="outside right upper", frameon=False, fontsize="small")
     return fig
 
 
-def _log_losses(axis):
+def _points(log: list[dict], column: str) -> list[tuple[int, float]]:
+    return [(row["step"], row[column]) for row in log if column in row]
+
+
+def _name_losses(axis):
     from matplotlib import ticker
 
-    axis.set(yscale="log")
+    axis.set(xlabel="optimizer step", ylabel="loss (nats a supervised token)", yscale="log")
     axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_formatter(ticker.NullFormatter())
@@ -160,8 +162,7 @@ def loss_curve(log: list[dict], manifest: dict):
     rows = manifest["rows"]
     title = f"{manifest['run']}, {rows['train']} training and {rows['validation']} validation rows"
     fig, (axis,) = figure(title=title, alt="training and validation loss by step, the kept adapter circled")
-    trained = [(row["step"], row["loss"]) for row in log if "loss" in row]
-    evaluated = [(row["step"], row["eval_loss"]) for row in log if "eval_loss" in row]
+    trained, evaluated = _points(log, "loss"), _points(log, "eval_loss")
     kept = [point for point in evaluated if point[0] == manifest["best_step"]]
     blue = {"color": COLORS["finetuned"], "marker": "o"}
     for points, style in (
@@ -171,8 +172,7 @@ def loss_curve(log: list[dict], manifest: dict):
     ):
         if points:
             axis.plot(*zip(*points, strict=True), **style)
-    axis.set(xlabel="optimizer step", ylabel="loss (nats a supervised token)")
-    _log_losses(axis)
+    _name_losses(axis)
     axis.legend(frameon=False)
     return fig
 

@@ -5,6 +5,7 @@ The templates are the *.j2 files beside this module. Every text from a dataset o
 
 import os
 import random
+import re
 from base64 import b64encode
 from hashlib import sha256
 from pathlib import Path
@@ -17,29 +18,27 @@ from markupsafe import Markup
 from src import data, recipes, runs
 from src.analysis import marks, tables
 
+FOLDER = Path(__file__).parent
 TEMPLATES = Environment(
     autoescape=lambda name: name.endswith(".html.j2"),  # all but the model card, which is no HTML
-    loader=FileSystemLoader(Path(__file__).parent),
+    loader=FileSystemLoader(FOLDER),
     undefined=StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,
 )
+TEMPLATES.filters["sha256"] = lambda text: f"sha256-{b64encode(sha256(text.encode()).digest()).decode()}"
 GROUPS = {  # of choose_rows, as the page calls them
     "random": "Random rows",
     "gained": "Most gained against base (ROUGE-L)",
     "lost": "Most lost against base (ROUGE-L)",
 }
-FLAGS = {  # data-flags of a row: what the page's filter calls them
-    "finetuned-lacks": "fine-tuned: a number or drug that the dialogue lacks",
-    "finetuned-new": "fine-tuned: a word that dialogue and reference lack",
-    "finetuned-empty": "fine-tuned: empty",
-    "finetuned-cut": "fine-tuned: cut at the cap",
-    "base-lacks": "base: a number or drug that the dialogue lacks",
-    "base-new": "base: a word that dialogue and reference lack",
-    "base-empty": "base: empty",
-    "base-cut": "base: cut at the cap",
+KINDS = {  # of an answer: what the page's filter calls them
+    "lacks": "a number or drug that the dialogue lacks",
+    "new": "a word that dialogue and reference lack",
+    "empty": "empty",
+    "cut": "cut at the cap",
 }
-STYLES = ("style.css", "page.css")
+SYSTEMS = ("base", "finetuned")
 
 
 def _render(template: str, **values) -> str:
@@ -48,13 +47,11 @@ def _render(template: str, **values) -> str:
 
 def token_view(tokens: list[dict]) -> str:
     """HTML of the tokens of one row in order, the supervised ones highlighted. `tokens`: prompts.token_table."""
-    visible = {"Ġ": "·", "▁": "·", "Ċ": "⏎\n", "<0x0A>": "⏎\n"}  # a space and a line end, as tokenizers write them
+    signs = {"Ġ": "·", "▁": "·", "Ċ": "⏎\n", "<0x0A>": "⏎\n"}  # a space and a line end, as tokenizers write them
     shown = []
     for token in tokens:
-        text = token["token"]
-        for written, mark in visible.items():
-            text = text.replace(written, mark)
-        shown.append({"text": marks.visible(text), "supervised": token["supervised"]})
+        text = re.sub("|".join(signs), lambda sign: signs[sign[0]], token["token"])
+        shown.append((marks.visible(text), token["supervised"]))
     return _render("tokens.html.j2", tokens=shown)
 
 
@@ -69,24 +66,27 @@ def choose_rows(metrics: dict, count: int = 3, seed: int = 0) -> dict[str, list[
 
     Ties go by row order. Rows without a gain are not among the gained, nor rows without a loss among the lost.
     """
-    base, tuned = (np.array(metrics["per_row"][name]["ROUGE-L"]) for name in ("base", "finetuned"))
-    gain = tuned - base
+    gain = _gain(metrics)
     gained = [i for i in np.argsort(-gain, kind="stable").tolist() if gain[i] > 0][:count]
     lost = [i for i in np.argsort(gain, kind="stable").tolist() if gain[i] < 0][:count]
     rest = [i for i in range(len(gain)) if i not in gained + lost]
     return {"random": random.Random(seed).sample(rest, min(count, len(rest))), "gained": gained, "lost": lost}
 
 
+def _gain(metrics: dict) -> np.ndarray:
+    """Fine-tuned minus base of every row, in ROUGE-L."""
+    base, tuned = (np.array(metrics["per_row"][name]["ROUGE-L"]) for name in SYSTEMS)
+    return tuned - base
+
+
 def examples(predictions: dict[str, list[dict]], chosen: dict[str, list[int]]) -> pd.DataFrame:
     """The chosen rows as a table: what they are, dialogue, and base, fine-tuned and reference summary."""
-    rows = {
-        (group, predictions["base"][i]["id"]): {"section": predictions["base"][i]["section"]}
-        | {"dialogue": predictions["base"][i]["dialogue"]}
-        | {tables.LABELS[name]: predictions[name][i]["prediction"] for name in ("base", "finetuned")}
-        | {"reference": predictions["base"][i]["reference"]}
-        for group, numbers in chosen.items()
-        for i in numbers
-    }
+    rows = {}
+    for group, i in ((group, i) for group, numbers in chosen.items() for i in numbers):
+        base = predictions["base"][i]
+        answers = {tables.LABELS[name]: predictions[name][i]["prediction"] for name in SYSTEMS}
+        texts = {"section": base["section"], "dialogue": base["dialogue"], **answers, "reference": base["reference"]}
+        rows[group, base["id"]] = texts
     return pd.DataFrame(rows.values(), index=pd.MultiIndex.from_tuples(rows, names=["rows", "id"]))
 
 
@@ -97,33 +97,26 @@ def side_by_side(metrics: dict, predictions: dict[str, list[dict]], chosen: dict
 
 
 def _row(metrics: dict, predictions: dict[str, list[dict]], i: int) -> dict:
-    row, answers = predictions["base"][i], [_answer(metrics, predictions, name, i) for name in ("base", "finetuned")]
-    base, tuned = (metrics["per_row"][name]["ROUGE-L"][i] for name in ("base", "finetuned"))
+    shown, flags = predictions["base"][i], []
+    dialogue, reference, answers = shown["dialogue"], shown["reference"], []
+    scores = {name: metrics["per_row"][name]["ROUGE-L"][i] for name in SYSTEMS}
+    for name in SYSTEMS:
+        answer = predictions[name][i]
+        found = marks.pieces(answer["prediction"], dialogue, reference)
+        lacks = list(dict.fromkeys(marks.visible(piece) for piece, kind in found if kind in ("number", "drug")))
+        kinds = {"cut": answer["stop"] != "eos", "empty": not answer["prediction"].strip(), "lacks": lacks}
+        kinds["new"] = any(kind == "new" for _, kind in found)
+        flags += [f"{name}-{kind}" for kind, holds in kinds.items() if holds]
+        text = marks.marked_html(answer["prediction"], dialogue, reference)
+        about = {"label": tables.LABELS[name], "score": f"{scores[name]:.3f}", "tokens": answer["tokens"]}
+        answers.append(about | {"text": text, "lacks": lacks, "cut": kinds["cut"]})
     return {
-        **{key: marks.visible(row[key]) for key in ("id", "section", "dialogue")},
-        "reference": marks.marked_html(row["reference"], row["dialogue"], row["reference"], kinds=("number", "drug")),
+        **{key: marks.visible(shown[key]) for key in ("id", "section", "dialogue")},
+        "reference": marks.marked_html(reference, dialogue, reference, kinds=("number", "drug")),
         "answers": answers,
-        "kinds": " ".join(f"{answer['name']}-{kind}" for answer in answers for kind in sorted(answer["kinds"])),
-        "score": f"{tuned:.3f}",
-        "gain": f"{tuned - base + 0.0:+.3f}",
-    }
-
-
-def _answer(metrics: dict, predictions: dict[str, list[dict]], name: str, i: int) -> dict:
-    row = predictions[name][i]
-    text = row["prediction"]
-    found = marks.pieces(text, row["dialogue"], row["reference"])
-    lacks = [marks.visible(piece) for piece, kind in found if kind in ("number", "drug")]
-    kinds = {"lacks" for _ in lacks} | {"new" for _, kind in found if kind == "new"}
-    return {
-        "name": name,
-        "label": tables.LABELS[name],
-        "text": marks.marked_html(text, row["dialogue"], row["reference"]),
-        "flags": list(dict.fromkeys(lacks)),
-        "kinds": kinds | ({"cut"} if row["stop"] != "eos" else set()) | (set() if text.strip() else {"empty"}),
-        "score": f"{metrics['per_row'][name]['ROUGE-L'][i]:.3f}",
-        "tokens": row["tokens"],
-        "ended": "EOS" if row["stop"] == "eos" else "cut at the cap",
+        "flags": flags,
+        "score": answers[1]["score"],
+        "gain": f"{scores['finetuned'] - scores['base'] + 0.0:+.3f}",
     }
 
 
@@ -133,25 +126,23 @@ def save_page(folder: Path, metrics: dict, predictions: dict[str, list[dict]], l
     Its policy lets only its own style and script run. Where all rows would need more than `limit` bytes, the most
     gained and lost and random others fill it, and the page says so.
     """
-    gain = np.array(metrics["per_row"]["finetuned"]["ROUGE-L"]) - np.array(metrics["per_row"]["base"]["ROUGE-L"])
-    shuffled, extremes = random.Random(0).sample(range(len(gain)), len(gain)), np.argsort(gain, kind="stable").tolist()
+    n, extremes = metrics["n"], np.argsort(_gain(metrics), kind="stable").tolist()
     rows, size = {}, 20_000  # head, style and script
-    for i in dict.fromkeys([*extremes[:25], *extremes[-25:], *shuffled]):
+    for i in dict.fromkeys([*extremes[:25], *extremes[-25:], *random.Random(0).sample(range(n), n)]):
         row = _row(metrics, predictions, i)
         size += len(_render("row.html.j2", row=row).encode()) + 200
         if size > limit:
             break
         rows[i] = row
     shown = [rows[i] for i in sorted(rows)]
-    here = Path(__file__).parent
-    style, script = ("".join((here / f).read_text("utf-8") for f in files) for files in (STYLES, ["page.js"]))
-    hashes = [f"sha256-{b64encode(sha256(part.encode()).digest()).decode()}" for part in (style, script)]
+    flagged = {flag for row in shown for flag in row["flags"]}
+    flags = {f"{s}-{kind}": f"{tables.LABELS[s]}: {name}" for s in reversed(SYSTEMS) for kind, name in KINDS.items()}
+    style, more, script = ((FOLDER / name).read_text("utf-8") for name in ("style.css", "page.css", "page.js"))
     page = _render(
         "page.html.j2",
         title=f"{metrics['run']}, {metrics['split']}, n={metrics['n']}: base, fine-tuned, reference",
-        **{"style": Markup(style), "script": Markup(script), "style_hash": hashes[0], "script_hash": hashes[1]},
-        **{"rows": shown, "n": len(gain), "marks": marks.NAMES},
-        flags={kind: name for kind, name in FLAGS.items() if any(kind in row["kinds"].split() for row in shown)},
+        **{"style": Markup(style + more), "script": Markup(script), "rows": shown, "n": n, "marks": marks.NAMES},
+        flags={flag: name for flag, name in flags.items() if flag in flagged},
         sections=sorted({row["section"] for row in shown}),
     )
     return runs.write_atomic(folder / "side_by_side.html", page)

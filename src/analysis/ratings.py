@@ -9,8 +9,10 @@ import hashlib
 import io
 import random
 import re
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from scipy import stats
 
@@ -72,13 +74,11 @@ def _digest(*texts) -> str:
 def write(folder: Path, sheet: list[dict], key: dict) -> Path:
     """Write folder/sheet-<id>.csv and key-<id>.json; return the sheet. One that is there, filled maybe, stays."""
     path = folder / f"sheet-{key['sheet']}.csv"
-    text = io.StringIO()
-    table = csv.DictWriter(text, list(HOW), lineterminator="\n")
-    table.writeheader()
-    for line in [HOW, *sheet]:
-        table.writerow({name: f"'{cell}" if cell and cell[0] in FORMULA else cell for name, cell in line.items()})
+    table = pd.DataFrame([HOW, *sheet], columns=list(HOW))
+    table = table.map(lambda cell: f"'{cell}" if cell.startswith(tuple(FORMULA)) else cell)
     if not path.exists():
-        runs.write_atomic(path, "\ufeff" + text.getvalue())  # the mark that makes Excel read UTF-8
+        text = table.to_csv(index=False, lineterminator="\n")
+        runs.write_atomic(path, f"\ufeff{text}")  # the mark that makes Excel read UTF-8
     runs.write_json(folder / f"key-{key['sheet']}.json", key)
     return path
 
@@ -100,33 +100,32 @@ def read(path: Path, key: dict) -> list[dict]:
     names = {line["reader"].strip() for line in lines.values()} - {""}
     ratings = []
     for name, about in sorted(key["lines"].items(), key=lambda item: key["systems"].index(item[1]["system"])):
-        line = lines[name]
+        line, where, marks = lines[name], f"{path.name}, line {name}", {}
         for column in ("dialogue", "summary"):
             if _digest(line[column]) != about[column]:
                 raise SheetError(
-                    f"{path.name}, line {name}, column {column}: the text was changed, found {line[column][:60]!r}. "
-                    "Copy it from the sheet as it was written."
+                    f"{where}, column {column}: the text was changed, found {line[column][:60]!r}. Copy it from the "
+                    "sheet as it was written."
                 )
-        marks = {column: _mark(path, name, column, line[column]) for column in MEANING}
-        if not line["faithful"].strip():
-            given = [column for column in MEANING if marks[column]]
-            if given:
-                raise SheetError(f"{path.name}, line {name}: {given[0]} is marked, faithful is empty: expected 1 or 0.")
-            marks = dict.fromkeys(MEANING)
-        wrong = [column for column in ("wrong speaker", "invented") if marks["faithful"] and marks[column]]
+        for column in MEANING:
+            marks[column] = MARKS.get(line[column].strip().lower())
+            if marks[column] is None:
+                found = f"{where}, column {column}: found {line[column]!r}"
+                raise SheetError(f"{found}, expected 1, x or yes; 0, no or nothing.")
+        rated, yes = bool(line["faithful"].strip()), [column for column in MEANING if marks[column]]
+        if yes and not rated:
+            raise SheetError(f"{where}: {yes[0]} is marked, faithful is empty: expected 1 or 0.")
+        wrong = [column for column in ("wrong speaker", "invented") if {"faithful", column} <= set(yes)]
         if wrong:
-            raise SheetError(
-                f"{path.name}, line {name}: faithful and {wrong[0]} are both marked: expected one of them."
-            )
-        rated = marks["faithful"] is not None
+            raise SheetError(f"{where}: faithful and {wrong[0]} are both marked: expected one of them.")
         if rated and len(names) != 1:
             raise SheetError(
                 f"{path.name}, column reader: found {', '.join(sorted(names)) or 'nothing'}, expected one name, of a "
                 "person or a model. Two readers fill two copies of the sheet."
             )
-        summary = line["summary"][1:] if re.match(f"'[{re.escape(FORMULA)}]", line["summary"]) else line["summary"]
-        reader = next(iter(names), "")
-        ratings.append({"row": about["row"], "system": about["system"], "reader": reader, "summary": summary} | marks)
+        summary = re.sub(f"^'(?=[{re.escape(FORMULA)}])", "", line["summary"])
+        of = {"row": about["row"], "system": about["system"], "reader": next(iter(names), ""), "summary": summary}
+        ratings.append(of | (marks if rated else dict.fromkeys(MEANING)))
     return ratings
 
 
@@ -141,31 +140,20 @@ def _lines(path: Path, key: dict) -> dict[str, dict]:
     missing = [column for column in HOW if column not in (table.fieldnames or [])]
     if missing:
         raise SheetError(f"{path.name}: column {missing[0]} is missing, found {table.fieldnames}.")
-    lines = {}
-    for line in table:
-        name = line["sheet id"].strip()
-        if name in lines:
-            raise SheetError(f"{path.name}, line {name} is there twice.")
-        if name and name != HOW["sheet id"]:
-            lines[name] = line
-    strange = [name for name in lines if name not in key["lines"]]
+    lines = [line for line in table if line["sheet id"].strip() not in ("", HOW["sheet id"])]
+    names = [line["sheet id"].strip() for line in lines]
+    twice = [name for name, n in Counter(names).items() if n > 1]
+    strange = [name for name in names if name not in key["lines"]]
+    lacking = [name for name in key["lines"] if name not in names]
+    if twice:
+        raise SheetError(f"{path.name}, line {twice[0]} is there twice.")
     if strange:
         raise SheetError(
             f"{path.name}, line {strange[0]} is of another sheet: expected {key['sheet']}-..., drawn from {key['of']}."
         )
-    lacking = [name for name in key["lines"] if name not in lines]
     if lacking:
         raise SheetError(f"{path.name}, line {lacking[0]} is missing, {len(lacking)} of {len(key['lines'])} in all.")
-    return lines
-
-
-def _mark(path: Path, name: str, column: str, cell: str) -> bool:
-    try:
-        return MARKS[cell.strip().lower()]
-    except KeyError:
-        raise SheetError(
-            f"{path.name}, line {name}, column {column}: found {cell!r}, expected 1, x or yes; 0, no or nothing."
-        ) from None
+    return dict(zip(names, lines, strict=True))
 
 
 def share(count: int, n: int) -> str:
@@ -196,7 +184,7 @@ def summary(ratings: list[dict]) -> pd.DataFrame:
             LABELS.get(system, system): share(sum(a[column] for a in lines.values()), len(lines))
             for system, lines in answers.items()
         }
-        lost, won = (sum(a[column] and not b[column] for a, b in pairs) for pairs in (both, [p[::-1] for p in both]))
+        lost, won = sum(a[column] > b[column] for a, b in both), sum(a[column] < b[column] for a, b in both)
         tested = {"pairs": len(both), "difference": _difference(lost, won, len(both))}
         p = stats.binomtest(won, won + lost).pvalue if won + lost else 1.0
         table[column] = {"reader": reader} | shares | tested | {"p": p_value(p if len(both) >= scoring.FEW else None)}
@@ -216,12 +204,11 @@ def _difference(lost: int, won: int, n: int) -> str:
 def kappa(first: list[dict], second: list[dict]) -> pd.DataFrame:
     """Cohen's kappa of two readers for each column, over the answers that both rated; none where both say one thing."""
     pairs = [(a, b) for a, b in zip(first, second, strict=True) if None not in (a["faithful"], b["faithful"])]
-    table = {}
+    n, table = len(pairs), {}
     for column in MEANING:
-        marks, n = [(a[column], b[column]) for a, b in pairs], len(pairs)
-        agreed = sum(a == b for a, b in marks) / n if n else 0
-        yes = [sum(reader) / n for reader in zip(*marks, strict=True)] if n else [1, 1]
-        chance = yes[0] * yes[1] + (1 - yes[0]) * (1 - yes[1])
+        marks = np.array([(a[column], b[column]) for a, b in pairs], dtype=float).reshape(-1, 2)
+        agreed, yes = sum(marks[:, 0] == marks[:, 1]) / max(1, n), marks.sum(axis=0) / max(1, n)
+        chance = yes.prod() + (1 - yes).prod()
         value = "" if n < scoring.FEW or chance == 1 else f"{(agreed - chance) / (1 - chance):.2f}"
         table[column] = {"n": n, "agreed": f"{agreed:.0%}", "kappa": value}
     readers = [next((line["reader"] for line in lines if line["reader"]), "nobody") for lines in (first, second)]

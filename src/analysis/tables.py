@@ -9,11 +9,7 @@ import pandas as pd
 from src import runs, scoring
 from src.analysis.marks import visible
 
-LABELS = {
-    "base": "base",
-    "finetuned": "fine-tuned",
-    "reference": "(the references)",
-}  # as files name them: as readers do
+LABELS = {"base": "base", "finetuned": "fine-tuned", "reference": "(the references)"}  # in files: for readers
 PUBLISHED = Path(__file__).resolve().parents[2] / "data" / "published_scores.csv"
 PLAIN = re.compile(r"[-+]?[\d.]+%?( \[[-+]?[\d.]+, [-+]?[\d.]+\])?")  # a number, with or without its interval
 
@@ -97,12 +93,8 @@ def sections(metrics: dict, column: str = "ROUGE-L") -> pd.DataFrame:
     """One row a section: n, and the column's value for base and fine-tuned, with an interval from ten rows on."""
     base, tuned = (metrics["systems"][name]["sections"] for name in ("base", "finetuned"))
     rows = {
-        section: {"n": base[section]["n"]}
-        | {
-            LABELS[name]: interval(scores[section][column], 3)
-            for name, scores in (("base", base), ("finetuned", tuned))
-        }
-        for section in base
+        name: {"n": found["n"], "base": interval(found[column], 3), "fine-tuned": interval(tuned[name][column], 3)}
+        for name, found in base.items()
     }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("section")
 

@@ -3,7 +3,6 @@
 Published splits stay as published.
 """
 
-import os
 import random
 import tempfile
 import tomllib
@@ -27,60 +26,52 @@ def source(dataset: str) -> dict:
     return entry
 
 
-def fetch(folder: Path, name: str, sha256: str, url: str, progress: bool = True) -> Path:
-    """Return folder/name, verified. If it is missing, download it under a temporary name, verify and rename it."""
-    path, temporary = folder / name, folder / f".{name}.{os.getpid()}.part"
+def fetch(folder: Path, name: str, sha256: str, url: str) -> Path:
+    """Return folder/name, verified. If it is missing, it is downloaded, and has its name only once it is verified."""
+    path, where = folder / name, runs.relative(folder / name)
     by_hand = f"Or download {url} yourself and place it at {runs.relative(folder / Path(url).name)}."
     if path.exists():
         found = runs.sha256_file(path)
         if found == sha256:
             return path
         raise DataError(
-            f"{runs.relative(path)} has sha256 {found}, expected {sha256}: it is not the published file, or a part of "
-            f"it. Delete it and run again. {by_hand}"
+            f"{where} has sha256 {found}, expected {sha256}: it is not the published file, or a part of it. Delete it "
+            f"and run again. {by_hand}"
         )
     import pooch
-    import requests
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        pooch.retrieve(url, known_hash=None, path=folder, fname=temporary.name, progressbar=progress)
-        found = runs.sha256_file(temporary)
-        if found == sha256:
-            return temporary.replace(path)
-    except (requests.RequestException, OSError) as error:
+        return Path(pooch.retrieve(url, known_hash=sha256, path=folder, fname=name, progressbar=True))
+    except OSError as error:  # requests' errors too
         raise DataError(
-            f"{runs.relative(path)} is missing and {url} cannot be fetched ({type(error).__name__}). "
-            f"Expected a file with sha256 {sha256}. Check the network and run again. {by_hand}"
+            f"{where} is missing and {url} cannot be fetched ({type(error).__name__}). Expected a file with sha256 "
+            f"{sha256}. Check the network and run again. {by_hand}"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    raise DataError(
-        f"The download of {runs.relative(path)} from {url} has sha256 {found}, expected {sha256}: it broke off, or is "
-        f"not the published file. It was deleted: run again. {by_hand}"
-    )
+    except ValueError as error:  # pooch's, which deletes a download with another checksum
+        raise DataError(f"{where} from {url} broke off, or is not published: {error} Run again. {by_hand}") from error
 
 
-def published_file(dataset: str, which: str, progress: bool = True) -> Path:
+def published_file(dataset: str, which: str) -> Path:
     """Return a dataset's file (a split, "released_outputs") from data/raw, fetched if it is missing, and verified."""
     entry = source(dataset)
-    return fetch(runs.ROOT / "data" / "raw" / entry["folder"], **entry["files"][which], progress=progress)
+    return fetch(runs.ROOT / "data" / "raw" / entry["folder"], **entry["files"][which])
 
 
-def source_files(recipe, progress: bool = True) -> dict[str, Path]:
+def source_files(recipe) -> dict[str, Path]:
     """Return the raw file of every split, fetched if it is missing. An own file to be split is {"train": path}."""
     d = recipe.data
     if d.dataset == "demo":
         return {split: runs.ROOT / "data" / "demo" / f"{split}.csv" for split in recipes.splits("demo")}
     if d.dataset != "custom":
         if d.dataset == "samsum":
-            _unpack_samsum(progress)
-        return {split: published_file(d.dataset, split, progress) for split in recipes.splits(d.dataset)}
+            _unpack_samsum()
+        return {split: published_file(d.dataset, split) for split in recipes.splits(d.dataset)}
     given = {"train": d.train_file, "validation": d.validation_file, "test": d.test_file}
     return {split: runs.ROOT / Path(name).expanduser() for split, name in given.items() if name}
 
 
-def _unpack_samsum(progress: bool):
+def _unpack_samsum():
     """Unpack the splits that are not in data/raw from the archive, each under a temporary name first."""
     entry = source("samsum")
     folder = runs.ROOT / "data" / "raw" / entry["folder"]
@@ -89,7 +80,7 @@ def _unpack_samsum(progress: bool):
     if missing:
         import py7zr
 
-        archive = published_file("samsum", "archive", progress)
+        archive = published_file("samsum", "archive")
         with tempfile.TemporaryDirectory(dir=folder) as unpacked, py7zr.SevenZipFile(archive) as packed:
             packed.extract(unpacked, targets=missing)
             for name in missing:
@@ -117,14 +108,14 @@ def processed_dir(recipe) -> Path:
     return runs.ROOT / "data" / "processed" / recipe.data.dataset
 
 
-def prepare(recipe, progress: bool = True) -> dict:
+def prepare(recipe) -> dict:
     """Fetch, verify, read, check and audit the recipe's dataset; write data/processed/<dataset>. Returns the report.
 
     Writes <split>.jsonl, leaks.json (the ids of `audit`) and, last, report.json. Raises DataError before any of them.
     """
-    dataset, files = recipe.data.dataset, source_files(recipe, progress)
+    dataset, files = recipe.data.dataset, source_files(recipe)
     if dataset == "mts_dialog":
-        published_file(dataset, "released_outputs", progress)  # 03 scores them, and may have no network
+        published_file(dataset, "released_outputs")  # 03 scores them, and may have no network
     rows, dropped, largest = {}, {}, recipe.data.max_file_mb
     for split, path in files.items():
         rows[split], dropped[split] = usable(read_rows(path, largest), path, dataset == "custom")
@@ -172,11 +163,9 @@ def _check(folder: Path, again: str = "") -> dict:
     for name, sha256 in found["processed"].items():
         path = folder / (f"{name}.json" if name == "leaks" else f"{name}.jsonl")
         if not path.is_file() or runs.sha256_file(path) != sha256:
-            damage += (
-                f"{runs.relative(path)} is not the file that 01 wrote: found another sha256 or no file, expected "
-                f"{sha256}. "
-                + (f"It was set aside as {runs.relative(runs.set_aside(path))}. " if path.exists() else "")
-            )
+            damage += f"{runs.relative(path)} is not the file that 01 wrote: found another sha256 or no file, expected "
+            damage += f"{sha256}. "
+            damage += f"It was set aside as {runs.relative(runs.set_aside(path))}. " if path.exists() else ""
     if damage:
         raise DataError(damage + again)
     return found

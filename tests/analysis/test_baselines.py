@@ -21,7 +21,6 @@ TRAIN = [{"section": "ALLERGY", "summary": s, "dialogue": "z"} for s in ("None."
 
 
 def test_leads_and_stock_answers_by_hand():
-    assert baselines.whole_dialogue(RECORD) == RECORD["dialogue"]
     assert baselines.lead3(RECORD) == "A: one\nB: two three four\nA: five six"
     assert baselines.longest3(RECORD) == "B: two three four\nA: five six\nB: seven eight nine ten"
     assert baselines.stock_answers([RECORD, {**RECORD, "section": "NEW"}], TRAIN) == ["None.", "None."]
@@ -127,7 +126,7 @@ def test_probes_hold_the_rows_that_can_be_changed():
 @needs_samsum
 def test_a_wrong_speaker_costs_one_percent_of_rouge_1():
     recipe = recipes.load("samsum")
-    data.prepare(recipe, progress=False)
+    data.prepare(recipe)
     split, wrong, right = baselines.probes(data.evaluation_rows(recipe), "test")["references, two speakers swapped"]
     scores = scoring.corpus(scoring.score_rows(wrong, right))
     assert split == "test, 619 of 819 rows" and len(wrong) == 619
@@ -138,11 +137,11 @@ def test_a_wrong_speaker_costs_one_percent_of_rouge_1():
 @needs_mts
 def test_published_mts_dialog_figures():
     recipe = recipes.load("mts_dialog", {"evaluation.split": "validation"})
-    data.prepare(recipe, progress=False)
+    data.prepare(recipe)
     records = data.evaluation_rows(recipe)
     references = [record["summary"] for record in records]
     columns = ["ROUGE-1", "ROUGE-2", "ROUGE-L"]
-    whole = scoring.corpus(scoring.score_rows([baselines.whole_dialogue(r) for r in records], references))
+    whole = scoring.corpus(scoring.score_rows([r["dialogue"] for r in records], references))
     assert [round(whole[c], 3) for c in columns] == [0.209, 0.068, 0.152]
     longest = scoring.corpus(scoring.score_rows([baselines.longest3(r) for r in records], references))
     assert [round(100 * longest[c], 1) for c in columns] == [21.1, 7.0, 15.7]
@@ -150,7 +149,7 @@ def test_published_mts_dialog_figures():
         scoring.score_rows(baselines.nearest_summaries(records, data.train_rows(recipe)), references)
     )
     assert [round(nearest[c], 4) for c in ("ROUGE-1", "ROUGE-L")] == [0.2368, 0.1930]  # review/numbers.md
-    systems = baselines.other_systems(recipe, progress=False)
+    systems = baselines.other_systems(recipe)
     assert [(split, len(p), len(r)) for split, p, r in systems.values()] == [("validation", 100, 100)] * 4
     scores = [scoring.corpus(scoring.score_rows(p, r)) for _, p, r in systems.values()]
     assert [round(s["ROUGE-1"], 4) for s in scores] == [0.2948, 0.3838, 0.4021, 0.4088]
@@ -161,7 +160,7 @@ def test_published_mts_dialog_figures():
 @needs_samsum
 def test_published_samsum_figures():
     recipe = recipes.load("samsum")
-    data.prepare(recipe, progress=False)
+    data.prepare(recipe)
     records = data.evaluation_rows(recipe)
     references = [record["summary"] for record in records]
     columns = ["ROUGE-1 stemmed", "ROUGE-2 stemmed", "ROUGE-L stemmed", "ROUGE-Lsum stemmed"]
@@ -179,7 +178,7 @@ def test_published_samsum_figures():
 @needs_samsum
 def test_scoring_every_system_on_samsum_takes_seconds():
     recipe = recipes.load("samsum")
-    data.prepare(recipe, progress=False)
+    data.prepare(recipe)
     records, train = data.evaluation_rows(recipe), data.train_rows(recipe)
     systems = baselines.without_model(records, train)
     start = time.perf_counter()

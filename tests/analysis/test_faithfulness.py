@@ -121,7 +121,7 @@ def found(records):
 @needs_mts
 def test_few_references_of_mts_dialog_are_flagged_and_nearly_every_wrong_number_is_found():
     recipe = recipes.load("mts_dialog")
-    data.prepare(recipe, progress=False)
+    data.prepare(recipe)
     records = [r for split in ("validation", "test1", "test2") for r in data.load_split(recipe, split)]
     assert len(records) == 500 and flagged(records) <= 21  # 45 with number parsing of our own
     spoiled, seen = found(records)
@@ -131,7 +131,7 @@ def test_few_references_of_mts_dialog_are_flagged_and_nearly_every_wrong_number_
 @needs_samsum
 def test_few_references_of_samsum_are_flagged_and_nearly_every_wrong_number_is_found():
     recipe = recipes.load("samsum")
-    data.prepare(recipe, progress=False)
+    data.prepare(recipe)
     records = data.load_split(recipe, "test")
     assert len(records) == 819 and flagged(records) <= 11
     spoiled, seen = found(records)
@@ -144,7 +144,7 @@ def test_few_references_of_samsum_are_flagged_and_nearly_every_wrong_number_is_f
     reason="people's fact scores are not in data/raw/mts-dialog: run notebook 05 with a network",
 )
 def test_a_flagged_summary_is_wrong_three_times_as_often_as_any():
-    outputs, people = baselines.released_outputs(progress=False), baselines.manual_scores(progress=False)
+    outputs, people = baselines.released_outputs(), baselines.manual_scores()
     flags = [bool(faithfulness.unsupported(row["Automatic Summary"], row["Dialogue"])) for row in outputs]
     wrong = [row["FactualPrecision"] < 1 for row in people]
     precision = sum(f and w for f, w in zip(flags, wrong, strict=True)) / sum(flags)
