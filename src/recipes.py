@@ -133,9 +133,7 @@ class Engine(Section):  # how a machine computes: never changes which run it is 
     memory_gib: Annotated[float, Field(gt=0, le=10**5)] | None = None  # plan for at most this; None: for what is free
     tokens_per_pass: Count | None = None  # at most, in a forward pass of training; None: planned
     fp8: Literal["on", "off"] = "off"  # frozen products of training in 8 bits: faster from an H100 on, and another run
-    graphs: Literal["auto", "on", "off"] = (
-        "auto"  # CUDA graphs of training steps; auto: where launching takes twice the computing
-    )
+    graphs: Literal["auto", "on", "off"] = "auto"  # CUDA graphs of steps; auto: if launching takes twice the computing
     checkpoint_minutes: Annotated[float, Field(gt=0, le=10**5)] = 5.0  # 02: so much is lost by a kill, at most
     dequantize: Literal["auto", "on", "off"] = "auto"  # 03: NF4 to 16-bit weights once, same function, faster
     batch_size: Count | None = None  # prompts decoded together; None: chosen from the free memory
@@ -249,9 +247,8 @@ def _sentence(problem: dict) -> str:
     if not key:
         return what.removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
-        return (
-            f"Unknown field {key!r}.{closest(key, flat(Recipe(name='').model_dump()))} src/recipes.py lists all fields."
-        )
+        known = flat(Recipe(name="").model_dump())
+        return f"Unknown field {key!r}.{closest(key, known)} src/recipes.py lists all fields."
     choices = problem.get("ctx", {}).get("expected", "").replace("'", "").replace(" or ", ", ").split(", ")
     what = what.removeprefix("Value error, ")
     return f"{key} is {shown(found)} ({type(found).__name__}): {what[0].lower() + what[1:]}.{closest(found, choices)}"
