@@ -330,7 +330,7 @@ def write(folder, name, content):
 def refused(repository, name) -> str:
     """The one line that refuses a file, after which nothing may have been written."""
     with pytest.raises((DataError, recipes.RecipeError)) as error:
-        data.prepare(recipes.load("custom", {"data.train_file": name}), progress=False)
+        data.prepare(recipes.load("custom", {"data.train_file": name}))
     message = str(error.value)
     assert "\n" not in message and len(message) < 500 and SECRET not in message
     assert not (repository / "data").exists()
@@ -367,7 +367,7 @@ def test_what_is_no_file_has_its_remedy(repository, name):
     (repository / "dangling.csv").symlink_to("gone.csv")
     os.mkfifo(repository / "pipe.csv")
     with pytest.raises((DataError, recipes.RecipeError), match=ELSEWHERE[name]):
-        data.prepare(recipes.load("custom", {"data.train_file": name}), progress=False)
+        data.prepare(recipes.load("custom", {"data.train_file": name}))
 
 
 def test_a_parquet_file_that_grows_over_the_limit_is_refused(repository):
