@@ -106,7 +106,7 @@ def main():
         for name, sign in signs.items()
         for dataset, records in sets.items()
     ]
-    outputs, scores = baselines.released_outputs(False), baselines.manual_scores(False)
+    outputs, scores = baselines.released_outputs(), baselines.manual_scores()
     dialogues = len({row["ID"] for row in outputs})  # each was summarised by four systems, which are drawn together
     positions = np.arange(len(outputs)).reshape(-1, dialogues)
     draws = [positions[:, draw].ravel() for draw in scoring.resamples(dialogues, seed=0)]

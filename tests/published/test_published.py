@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, 
 from src import data, prompts, published, qlora, recipes, runs, scoring
 from src.analysis import tables
 from src.engine import decode
-from src.published import answering, defects
+from src.published import answering, contamination, defects
+from src.published.costs import holm
 from src.published.costs import verdict as verdict_of
 from tests.test_data import needs_mts
 
@@ -30,7 +31,7 @@ def test_recipe_1_validates_on_rows_that_it_trains_on():
 @needs_mts
 def test_the_published_score_lies_between_rambling_and_silence():
     recipe = recipes.load("mts_dialog")
-    data.prepare(recipe, progress=False)
+    data.prepare(recipe)
     rows = data.load_split(recipe, "train")
     _, validation = published.recipe1_split(rows)
     replayed = published.recipe1_protocol(rows, validation, published.official_tokenizer())
@@ -70,7 +71,7 @@ def test_right_padding_predicts_the_answer_from_a_pad_token(tiny_model, records)
     model = qlora.load_base(recipe, tokenizer, torch.device("cpu")).eval()
     rows = prompts.build_all(records, tokenizer, recipe.prompt)
     width = max(map(len, rows["prompt_ids"])) + 1
-    answers = published.generate_right_padded(model, tokenizer, rows, GenerationConfig(max_new_tokens=1))
+    answers = answering.generate_right_padded(model, tokenizer, rows, GenerationConfig(max_new_tokens=1))
     for row, answer in zip(rows, answers, strict=True):
         prompt = row["prompt_ids"]
         pads = width - len(prompt)
@@ -89,7 +90,7 @@ def test_teacher_forced_predictions_are_guesses_after_the_references_own_tokens(
     spell = SimpleNamespace(
         pad_token_id=tokenizer.pad_token_id, decode=lambda ids, skip_special_tokens: " ".join(map(str, ids))
     )  # shows every id
-    for row, found in zip(rows, published.teacher_forced(model, spell, rows), strict=True):
+    for row, found in zip(rows, answering.teacher_forced(model, spell, rows), strict=True):
         answer = [label for label in row["labels"] if label != X]
         ids, guesses = list(row["prompt_ids"]), []
         for token in answer:  # one at a time, as generation would, but the reference's token goes on
@@ -185,8 +186,8 @@ def test_verdicts_by_hand():
 def test_holm_by_hand():
     p = pd.Series({"a": 0.01, "b": 0.04, "c": 0.03, "d": float("nan"), "e": 0.9})
     # .01 * 4, .03 * 3, then .04 * 2 = .08 is below .09 and becomes it; .9 * 1
-    assert published.holm(p).round(6).tolist()[:3] == [0.04, 0.09, 0.09]
-    assert pd.isna(published.holm(p)["d"]) and published.holm(p)["e"] == 0.9
+    assert holm(p).round(6).tolist()[:3] == [0.04, 0.09, 0.09]
+    assert pd.isna(holm(p)["d"]) and holm(p)["e"] == 0.9
 
 
 def test_a_model_that_memorised_a_text_is_found(tiny_model, records):
@@ -208,7 +209,7 @@ def test_a_model_that_memorised_a_text_is_found(tiny_model, records):
     assert after["p"] == 1 / 20 and after["suspected"] > -0.5 > after["control"]  # the first of 6 over 3 ways to split
     assert published.memorised(model, tokenizer, known, control, paired=True)["p"] == 1 / 8  # of 2^3 swaps
     with pytest.raises(ValueError, match="'x' has 1 tokens: expected at least 4"):
-        published.continuation(model, tokenizer, ["x"])
+        contamination.continuation(model, tokenizer, ["x"])
 
 
 def test_continuation_by_hand(tiny_model):
@@ -221,7 +222,7 @@ def test_continuation_by_hand(tiny_model):
         logits = model(input_ids=torch.tensor([[tokenizer.bos_token_id, *ids[:k]]])).logits[0, -1]
         expected.append(logits.log_softmax(-1)[ids[k]].item())
     assert n >= 4
-    found = published.continuation(model, tokenizer, ["None, my left knee"])
+    found = contamination.continuation(model, tokenizer, ["None, my left knee"])
     assert found == pytest.approx(sum(expected) / len(expected), abs=1e-4)
 
 
