@@ -31,6 +31,11 @@ SECTIONS = {  # section: (file in tests, beginnings of the tests that count, wha
         ("test_a_damaged", "test_damaged", "test_a_whole_folder", "test_scores_that"),
         "damaged files that were named, set aside whole and not used",
     ),
+    "disks": (
+        "test_disk",
+        ("test_a_disk", "test_a_folder", "test_make_run", "test_a_download", "test_what_a_killed"),
+        "writers on a full, read-only or forbidden disk, or killed, that explained it, lost nothing and ended alike",
+    ),
 }
 GREETING = "Doctor: Good morning, my name is Doctor Smith and I will be seeing you today.\nPatient: Good morning. "
 

@@ -43,7 +43,7 @@ STEPS = {  # step: (notebook, words of the cell from which on it may be killed: 
     "02": ("02_train_qlora", "engine.FastTrainer("),
     "03": ("03_evaluate", "runs.open_evaluation("),
     "04": ("04_compare", "written = "),
-    "06": ("06_use_it", "save_pretrained(home)"),
+    "06": ("06_use_it", "runs.aside(home)"),
 }
 LEFT_OUT = ("on_colab = ", 'RECIPE = "', 'RUN = "', "shots = ", "invented = ", "follow_the_card", "token_view")
 LEFT_OUT += ("loss_curve(run.log", "after = ")

@@ -17,7 +17,8 @@ def copy() -> list[str]:
             if copied.get(path.name) != new:
                 said.append(f"lab/{path.name} was edited and is kept; the repository's is newer: delete it to get that")
             continue
-        shutil.copyfile(original, path)
+        with runs.aside(path) as whole:  # half a copy would count as edited
+            shutil.copyfile(original, whole)
         copied[path.name] = new
     runs.write_json(record, copied)
     return said or ["lab/ holds copies of the notebooks; git ignores them."]

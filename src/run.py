@@ -121,7 +121,8 @@ def _told(name: str, overrides: dict, gpus: int, prepared: bool) -> tuple[runs.R
     from papermill.exceptions import PapermillExecutionError
 
     try:
-        return run(name, overrides, gpus, prepared)
+        with runs.writing(runs.ROOT / "outputs"):  # the executed notebooks
+            return run(name, overrides, gpus, prepared)
     except runs.RunError as error:
         print(error, file=sys.stderr)
     except PapermillExecutionError as error:

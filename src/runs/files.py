@@ -23,22 +23,31 @@ UNWRITABLE = dict.fromkeys(FULL, "the disk, or this user's share of it, is full"
 
 
 @contextmanager
-def aside(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its name when the block is left well: whole, or as it was before.
+def scratch(path: Path) -> Iterator[Path]:
+    """A hidden name beside `path`, for a file or a folder that is removed when the block is left.
 
-    What killed processes left half written of the same file is removed. Raises runs.RunError on a full disk.
+    What killed processes left under such a name is removed too. Raises runs.RunError on a full disk.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         for old in path.parent.glob(f".{escape(path.name)}.*.tmp"):
-            if not _runs(old.suffixes[-2][1:]):
-                old.unlink(missing_ok=True)
+            if old == temporary or not _runs(old.suffixes[-2][1:]):
+                remove(old)
         try:
             yield temporary
-            temporary.replace(path)
         finally:
-            temporary.unlink(missing_ok=True)
+            remove(temporary)
+
+
+@contextmanager
+def aside(path: Path) -> Iterator[Path]:
+    """A `scratch` that takes the name `path` when the block is left well: a file or folder is whole, or as before."""
+    with scratch(path) as temporary:
+        yield temporary
+        if temporary.is_dir():
+            remove(path)
+        temporary.replace(path)
 
 
 def _runs(process: str) -> bool:
@@ -180,10 +189,11 @@ def writing(path: Path):
         why = unwritable(error)
         if why is None or isinstance(error, runs.RunError):
             raise
+        name = re.sub(r"\.([^/]+)\.\d+\.tmp(?=/|$)", r"\1", relative(path))  # not the one that it has meanwhile
         there = next(p for p in (path, *path.parents) if p.is_dir())
         room = f"{shutil.disk_usage(there).free / 2**20:,.0f} MiB are free"
         raise runs.RunError(
-            f"{relative(path)} cannot be written: {why} ({room}). What was written before is whole. Make room, or mend "
+            f"{name} cannot be written: {why} ({room}). What was written before is whole. Make room, or mend "
             "the permission, and run the same again: it goes on from there."
         ) from error
 
@@ -197,7 +207,12 @@ def unwritable(error: Exception) -> str | None:
     return UNWRITABLE.get(number)
 
 
+def remove(path: Path):
+    """Delete a file, or a folder with what is in it; nothing where there is neither."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+
+
 def remove_leftovers(folder: Path):
     """Delete the temporary files that killed processes left in a folder that this process holds."""
     for path in folder.rglob(".*.tmp"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        remove(path)

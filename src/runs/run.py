@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,14 +116,11 @@ class Run:
         """
         self.check_trainer(trainer)
         model = trainer.model
-        temporary = self.folder / ".adapter.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        model.save_pretrained(temporary)
-        (temporary / "README.md").unlink(missing_ok=True)  # names folders of this machine; 04 writes the model card
-        tokenizer.save_pretrained(temporary)
-        write_json(temporary / "prompt_template.json", self.config["prompt_template"])
-        shutil.rmtree(self.adapter, ignore_errors=True)
-        temporary.rename(self.adapter)
+        with files.aside(self.adapter) as adapter:
+            model.save_pretrained(adapter)
+            (adapter / "README.md").unlink(missing_ok=True)  # names folders of this machine; 04 writes the model card
+            tokenizer.save_pretrained(adapter)
+            write_json(adapter / "prompt_template.json", self.config["prompt_template"])
         write_jsonl(self.folder / "train_log.jsonl", trainer.state.log_history)
         sums = {f"adapter/{name}": sha for name, sha in files.checksums(self.adapter).items()}
         manifest = {"run": self.name, "base_commit": self.base_commit, **measured(trainer)}
@@ -136,6 +134,17 @@ class Run:
         """Delete the checkpoints of a run that is finished, unless its recipe keeps them."""
         if not self.recipe().training.keep_checkpoints:
             shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+    @contextmanager
+    def writing(self):
+        """Explain a disk that takes no more of a training, as a RunError, and remove what is half written."""
+        try:
+            with files.writing(self.folder):
+                yield
+        except runs.RunError:
+            checkpoints.remove_halves(self.checkpoints, (checkpoints.SEAL,))
+            files.remove_leftovers(self.folder)
+            raise
 
     def lock(self):
         """Take the run's folder for this process. Raises runs.RunError when another process has it."""
@@ -186,6 +195,7 @@ def open(recipe, trainer, prompt_template: dict) -> Run:
     }
     write_sealed(run.folder / "config.json", config)
     checkpoints.seal(trainer)
+    trainer.train = run.writing()(trainer.train)
     return run
 
 
