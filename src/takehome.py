@@ -83,10 +83,7 @@ ollama run {name}  # /set system {section or "..."}, then a dialogue between thr
 
 
 def to_gguf(folder: Path) -> Path | None:
-    """folder/model.gguf made by llama.cpp's converter, or None where that is not on the PATH.
-
-    Raises runs.RunError, and leaves no part of the file, where the converter fails.
-    """
+    """folder/model.gguf made by llama.cpp's converter; None where that is not on the PATH, RunError where it fails."""
     converter = shutil.which("convert_hf_to_gguf.py") or shutil.which("convert-hf-to-gguf")
     if not converter:
         return None

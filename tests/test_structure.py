@@ -167,7 +167,7 @@ def listed(paths) -> str:
     return "\n".join(f"{length(path):6} {name(path)}" for path in sorted(paths, key=length, reverse=True))
 
 
-@pytest.mark.parametrize(("folder", "budget"), [("src", 2410), ("src/engine", 1880), ("src/analysis", 1375)])
+@pytest.mark.parametrize(("folder", "budget"), [("src", 2415), ("src/engine", 1880), ("src/analysis", 1375)])
 def test_rooms_stay_within_their_budget(folder, budget):
     paths = sorted((ROOT / folder).glob("*.py"))
     lines = sum(map(length, paths))
