@@ -28,6 +28,7 @@ KINDS = {  # kind: words in the names of its kernels, the first kind that fits
     "copies": ("memcpy", "memset", "copy", "index"),
 }
 STEPS, FIRST = 10, 20  # optimizer steps that are watched, and those before them
+RECORDED = 200  # steps before, where sizes have to be recorded first
 
 
 class Watched:
@@ -52,7 +53,10 @@ class Watched:
             torch.cuda.synchronize()
         self.found["wall"] = (time.perf_counter() - self.start) * 1e3
         self.profiler.stop()
+        kind_of = torch.autograd.DeviceType
         for event in self.profiler.key_averages():
+            if event.device_type != (kind_of.CUDA if self.cuda else kind_of.CPU):
+                continue  # a call that launches
             ms = (event.self_device_time_total if self.cuda else event.self_cpu_time_total) / 1e3
             kind = next((k for k, words in KINDS.items() if any(w in event.key.lower() for w in words)), "rest")
             self.found[kind] = self.found.get(kind, 0.0) + ms
@@ -63,11 +67,13 @@ class Watched:
         self.rest = dict(sorted(self.rest.items(), key=lambda item: -item[1])[:6])
 
 
-def training(folder: str, setup: str, overrides: dict, steps: int = STEPS, first: int = FIRST) -> dict:
+def training(folder: str, setup: str, overrides: dict, steps: int = STEPS, first: int | None = None) -> dict:
     """A training step of one setup, the mean of `steps` after the first ones."""
     from transformers import TrainerCallback
 
     from src import engine
+
+    first = first or (RECORDED if overrides.get("engine.graphs") == "on" else FIRST)
 
     class Watch(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):

@@ -249,7 +249,8 @@ def score(folder: Path):
         if len(found) > 1:
             means = scoring.over_seeds([rows for rows, *_ in found.values()], 42)
             same = results[-len(found) :]
-            mean = {key: round(float(np.mean([r[key] for r in same])), 4) for key in ("length_cap", "minutes")}
+            keys = [key for key in ("length_cap", "minutes", "validation_loss") if key in same[0]]
+            mean = {key: round(float(np.mean([r[key] for r in same])), 4) for key in keys}
             results.append(entry(recipe, split, name, "mean", means, next(iter(found.values()))) | mean)
     key = ("dataset", "split", "setting", "system", "seed")
     known = {tuple(str(r[k]) for k in key): r for r in [*runs.read_json(kept, "benchmarks/real.py"), *results]}

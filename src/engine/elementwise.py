@@ -58,6 +58,8 @@ def gated_backward(dh, gate, up):
 @one_kernel
 def rms_norm(x, weight, eps: float):
     """RMSNorm of x (T, width)."""
+    if torch.is_inference_mode_enabled():  # torch's own kernel
+        return weight * F.rms_norm(x, x.shape[-1:], None, eps)
     y = x.float()
     return weight * (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 

@@ -11,13 +11,15 @@ from src.engine.elementwise import one_kernel
 E4M3, LARGEST = torch.float8_e4m3fn, 448.0
 
 
-@one_kernel
-def quantize(x, by=None, *others):
+def rounded(x, by=None, *others):
     """(q, scale (T, 1)): x and others, side by side (T, width), times `by` (width,), are about q (e4m3) times scale."""
     y = (torch.cat([x, *others], 1) if others else x).float()
     y = y if by is None else y * by
     scale = y.abs().amax(1, keepdim=True).clamp(min=1e-30) / LARGEST
     return (y / scale).to(E4M3), scale
+
+
+quantize = one_kernel(rounded)  # of activations and gradients
 
 
 def product(a, scale, b, scale_b, dtype) -> torch.Tensor:
@@ -28,7 +30,7 @@ def product(a, scale, b, scale_b, dtype) -> torch.Tensor:
 
 
 def across(rows: list[tuple]) -> tuple[torch.Tensor, ...]:
-    """Of what `quantize` made of weights with one input: scales, all weights transposed (in, sum of out), ones.
+    """Of what `rounded` made of weights with one input: scales, all weights transposed (in, sum of out), ones.
 
     A gradient's columns are multiplied with the scales before they are rounded, so the same 8-bit weights serve.
     """
@@ -39,7 +41,7 @@ def across(rows: list[tuple]) -> tuple[torch.Tensor, ...]:
 
 def forward(x, rows: list[tuple]) -> list[torch.Tensor]:
     """x W^T of every weight."""
-    x8 = quantize(x)
+    x8 = quantize(x.detach())  # else a kernel more for every width: dynamo compiles a function eight times at most
     return [product(*x8, weight, scale.view(1, -1), x.dtype) for weight, scale in rows]
 
 

@@ -39,7 +39,7 @@ class Group:
         """Compute the frozen products of training through `fp8`, from two copies of the weights, a byte a weight."""
         weights = [base_weight(module, self.a.dtype) for module in self.modules]
         if all(n % 16 == 0 for weight in weights for n in weight.shape):  # others the product refuses
-            self.rows = [fp8.quantize(weight) for weight in weights]
+            self.rows = [fp8.rounded(weight) for weight in weights]
             self.across = fp8.across(self.rows)
 
     @property

@@ -83,4 +83,5 @@ def test_a_plan_with_fp8_needs_a_gpu_that_has_it(load, rows, quantization, tmp_p
 
     config, arguments = load().config, TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     with pytest.raises(engine.PlanError, match="engine.fp8 is 'on': expected a GPU of compute capability 9.0"):
-        engine.plan(config, LoraConfig(), quantization, arguments, rows, torch.device("cpu"), fp8="on")
+        lora, device = LoraConfig(target_modules="all-linear"), torch.device("cpu")
+        engine.plan(config, lora, quantization, arguments, rows, device, fp8="on")
