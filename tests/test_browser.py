@@ -283,6 +283,10 @@ def test_the_page_of_answers_is_filtered_sorted_and_walked_by_keys_offline(answe
         page.keyboard.press(key)
         walked.append(page.evaluate(at))
     assert walked == [0, 1, 0]
+    page.keyboard.press("j")
+    controls, row = page.locator("#controls").bounding_box(), page.locator("article:focus").bounding_box()
+    assert page.evaluate("() => scrollY") > 0 and controls["y"] == 0  # they stay, and hide nothing of the row
+    assert controls["height"] <= row["y"] < 200
     assert asked == [PAGE.as_uri()]
 
 
