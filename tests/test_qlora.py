@@ -319,7 +319,7 @@ class Recorder:
     def __getattr__(self, name):
         def call(*args, **kwargs):
             self.calls[name] = (args, kwargs)
-            return types.SimpleNamespace(name="a run", folder=Path("."), add_callback=lambda callback: None)
+            return types.SimpleNamespace(name="a run", minutes=0, folder=Path("."), add_callback=lambda callback: None)
 
         return call
 

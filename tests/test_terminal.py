@@ -24,11 +24,20 @@ def test_a_log_row_says_step_loss_rate_and_the_time_left():
 
 def test_references_over_the_cap_are_counted_and_the_cap_that_fits_is_named(capsys):
     rows = {"train": {"prompt_ids": [[1], [1, 2]], "labels": [[-100, 7, 8, 9], [-100, -100, 7]]}}  # 3 and 1 tokens
-    data.warn_of_long_references(rows, 3)
+    data.warn_of_lengths(rows, 3)
     assert capsys.readouterr().err == ""
-    data.warn_of_long_references(rows, 2)
+    data.warn_of_lengths(rows, 2)
     said = capsys.readouterr().err
     assert "1 of 2 train references" in said and '{"generation.max_new_tokens": 3}' in said
+
+
+def test_rows_beyond_the_positions_of_the_base_are_told_with_the_limit_that_keeps_to_them(capsys):
+    rows = {"train": {"prompt_ids": [[1], [1, 2]], "labels": [[-100, 7], [-100, -100, 7]]}}  # prompts of 1 and 2 tokens
+    data.warn_of_lengths(rows, 3, 5)
+    assert capsys.readouterr().err == ""
+    data.warn_of_lengths(rows, 3, 4)
+    said = capsys.readouterr().err
+    assert "prompt of 2 tokens" in said and '{"prompt.max_tokens": 1}' in said
 
 
 def test_lab_copies_follow_the_repository_until_they_are_edited(tmp_path, monkeypatch):

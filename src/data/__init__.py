@@ -5,7 +5,7 @@ A record is {"id", "section", "dialogue", "summary"}, all text; section is "" wh
 """
 
 from src.data.leaks import audit, key, seen
-from src.data.lengths import warn_of_long_references
+from src.data.lengths import warn_of_lengths
 from src.data.models import fetch_model, packaged
 from src.data.prepare import (
     evaluation_rows,
@@ -29,5 +29,5 @@ from src.data.tables import DataError, read_table
 __all__ = [
     "DataError", "audit", "evaluation_rows", "fetch", "fetch_model", "fingerprint", "key", "load", "load_split",
     "normalise", "packaged", "prepare", "processed_dir", "published_file", "read_rows", "read_table", "report",
-    "seen", "source", "source_files", "split_by_seed", "train_rows", "validation_rows", "warn_of_long_references",
+    "seen", "source", "source_files", "split_by_seed", "train_rows", "validation_rows", "warn_of_lengths",
 ]  # fmt: skip

@@ -3,10 +3,11 @@
 import sys
 
 
-def warn_of_long_references(rows: dict, cap: int) -> None:
-    """Say on stderr which splits have references of more than `cap` tokens (EOS included), and the cap they ask for.
+def warn_of_lengths(rows: dict, cap: int, positions: int | None = None) -> None:
+    """Say on stderr which references are longer than `cap` tokens (EOS included), and which rows than the base knows.
 
-    rows: {split: dataset of `build_all`}. cap: generation.max_new_tokens.
+    rows: {split: dataset of `build_all`}. cap: generation.max_new_tokens. positions: that the base model was trained
+    with, in tokens; None: not known. What to set is named.
     """
     tokens = {
         name: [len(labels) - len(prompt) for labels, prompt in zip(part["labels"], part["prompt_ids"], strict=True)]
@@ -18,5 +19,12 @@ def warn_of_long_references(rows: dict, cap: int) -> None:
         print(
             f"Warning: {found} references are longer than generation.max_new_tokens = {cap}, so an answer cannot be as "
             f'long: OVERRIDES = {{"generation.max_new_tokens": {max(map(max, tokens.values()))}}} lets them all fit.',
+            file=sys.stderr,
+        )
+    longest = max(len(prompt) for part in rows.values() for prompt in part["prompt_ids"])
+    if positions and longest + cap > positions:
+        print(
+            f"Warning: a prompt of {longest} tokens and an answer of up to {cap} are more than the {positions} tokens "
+            f'that the base model was made for: OVERRIDES = {{"prompt.max_tokens": {positions - cap}}} keeps to them.',
             file=sys.stderr,
         )
