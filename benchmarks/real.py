@@ -169,8 +169,6 @@ def _worker(folder: Path, queue):
 def work(folder: Path, job: Job):
     """Train one job's adapter, answer its splits, and write both to its file."""
     import torch
-    import transformers
-    from peft import LoraConfig, get_peft_model
 
     from src import engine, published, qlora
 
@@ -179,14 +177,9 @@ def work(folder: Path, job: Job):
     encoded = pickle.loads((folder / f"{job.recipe}.pickle").read_bytes())
     rows = {"train": encoded["train"][: recipe.data.train_rows], "validation": encoded["validation"]}
     defect, device = published.DEFECTS[job.answered[0]], qlora.resolve_device(recipe.device)
-    quantization, lora = (
-        qlora.quantization_config(recipe, device),
-        LoraConfig(task_type="CAUSAL_LM", **recipe.lora.model_dump()),
-    )
-    transformers.set_seed(recipe.seed)
-    model, trained = get_peft_model(qlora.load_base(recipe, tokenizer, device, quantization), lora), None
+    model, trained = qlora.load_adapted(recipe, tokenizer, device), None
     if defect.train:
-        trained = published.train(defect, recipe, model, tokenizer, rows, quantization, lora)
+        trained = published.train(defect, recipe, model, tokenizer, rows)
     if engine.dequantized_fits(model):
         engine.dequantize(model)
     summary = {

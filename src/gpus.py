@@ -112,7 +112,7 @@ def main(words: list[str]) -> int:
 def _train(name: str, overrides: dict):
     import transformers
     from accelerate.utils import broadcast_object_list
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
     from src import data, engine, prompts, qlora, scoring
 
@@ -121,15 +121,16 @@ def _train(name: str, overrides: dict):
     given = bool(re.search("-[0-9a-f]{8}$", name)) and named.folder.is_dir()
     recipe = recipes.build(named.config["recipe"], overrides) if given else recipes.load(name, overrides)
     device, training = qlora.resolve_device(recipe.device), recipe.training
-    arguments = _arguments(recipe, device)  # joins the processes
+    steps, when = training.eval_steps, "steps" if training.eval_steps else "epoch"
+    often = {"eval_strategy": when, "eval_steps": steps, "save_strategy": when, "save_steps": steps or 500}
+    arguments = qlora.training_arguments(recipe, device, **often, save_total_limit=2)  # joins the processes
     records, tokenizer = data.load(recipe), qlora.load_tokenizer(recipe)
     parts = ("train", "validation")
     rows = [prompts.build_all(records[part], tokenizer, recipe.prompt, records["train"]) for part in parts]
     quantization, lora = qlora.quantization_config(recipe, device), LoraConfig("CAUSAL_LM", **recipe.lora.model_dump())
     limits = recipe.engine.limits()
     plan = engine.plan(qlora.load_config(recipe), lora, quantization, arguments, rows[0], device, **limits)
-    transformers.set_seed(recipe.seed)
-    model = get_peft_model(qlora.load_base(recipe, tokenizer, device, quantization), lora)
+    model = qlora.load_adapted(recipe, tokenizer, device)
 
     rouge = training.metric_for_best_model == "rougeL"
     answered, score = (rows[1], scoring.rouge_l) if rouge else (rows[1].take(training.sample_rows), None)
@@ -156,22 +157,6 @@ def _train(name: str, overrides: dict):
     if first:
         run.save(trainer, tokenizer, data.fingerprint(recipe))
         print("run", name, flush=True)
-
-
-def _arguments(recipe, device):
-    """The recipe's [training] as transformers' TrainingArguments; 02 writes the same out."""
-    from transformers import TrainingArguments
-
-    from src import qlora
-
-    steps, dtype = recipe.training.eval_steps, str(qlora.compute_dtype(recipe, device))
-    when = "steps" if steps else "epoch"
-    return TrainingArguments(
-        output_dir="outputs", seed=recipe.seed, optim=qlora.optimizer(recipe, device), eval_strategy=when,
-        eval_steps=steps, save_strategy=when, save_steps=steps or 500, save_total_limit=2, disable_tqdm=True,
-        bf16=dtype == "torch.bfloat16", fp16=dtype == "torch.float16", use_cpu=device.type == "cpu",
-        **recipe.training.arguments(),
-    )  # fmt: skip
 
 
 def _check(run: runs.Run, trainer):

@@ -107,23 +107,20 @@ def check(rows, tokenizer, config):
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     for row in rows:
         supervised = [label for label in row.labels if label != IGNORE]
+        inside = row.prompt_ids[0 if bos is None else 1 :]
         broken = {
             "no BOS token at the start": bos is not None and row.input_ids[0] != bos,
             "two BOS tokens at the start, expected one": bos is not None and row.input_ids[:2] == [bos, bos],
-            "BOS or EOS inside the prompt": config.style == "plain"
-            and not {bos, eos}.isdisjoint(row.prompt_ids[0 if bos is None else 1 :]),
+            "BOS or EOS inside the prompt": config.style == "plain" and not {bos, eos}.isdisjoint(inside),
             "the prompt ends in EOS": row.prompt_ids[-1] == eos,
-            "the last supervised token is not EOS": not supervised
-            or supervised[-1] != eos
-            or supervised.count(eos) != 1,
-            "the labels are not the answer alone": supervised != row.answer_ids
-            or len(row.labels) != len(row.input_ids),
+            "the last supervised token is not EOS": supervised[-1:] != [eos] or supervised.count(eos) != 1,
+            "the labels are not the answer alone": (supervised, len(row.labels))
+            != (row.answer_ids, len(row.input_ids)),
         }
-        for problem in (text for text, is_broken in broken.items() if is_broken):
-            raise PromptError(
-                f"Row {row.id!r}: {problem}. The chat template or the tokenizer does not fit prompt.style "
-                f"{config.style!r}."
-            )
+        if any(broken.values()):
+            problem = next(text for text, is_broken in broken.items() if is_broken)
+            misfit = f"The chat template or the tokenizer does not fit prompt.style {config.style!r}."
+            raise PromptError(f"Row {row.id!r}: {problem}. {misfit}")
 
 
 def token_table(row: dict, tokenizer) -> list[dict]:
@@ -161,38 +158,26 @@ def _pieces(record, dialogue, tokenizer, config, shots) -> list[tuple[str, bool]
     if config.style == "plain":
         pieces = [(tokenizer.bos_token or "", True)]
         for example, text, answer in shown:
-            pieces.append((f"{_instruction(example, config)}\n{text}\n{config.cue}", False))
-            if answer is not None:
-                pieces.append((f" {answer}\n\n", False))
-        return pieces
+            asked = f"{_instruction(example, config)}\n{text}\n{config.cue}"
+            pieces += [(asked, False), (f" {answer}\n\n", False)]
+        return pieces[:-1]  # the last answer is the model's
     if not tokenizer.chat_template:
         raise PromptError(
             "prompt.style is 'chat', and the tokenizer of this base model has no chat template: choose an instruct "
             "model, or set prompt.style to 'plain'."
         )
-    messages, contents = [], {}
-    for number, (example, text, answer) in enumerate(shown):
-        # Markers stand in for the contents while the template is rendered, so that its text and theirs stay apart.
-        messages.append(
-            {
-                "role": "user",
-                "content": _marker(contents, f"{_instruction(example, config)}\n\n{text}", 2 * number),
-            }
-        )
-        if answer is not None:
-            messages.append({"role": "assistant", "content": _marker(contents, answer, 2 * number + 1)})
+    turns = []
+    for example, text, answer in shown:
+        turns += [("user", f"{_instruction(example, config)}\n\n{text}"), ("assistant", answer)]
+    # Markers stand in for the contents while the template is rendered, so that its text and theirs stay apart.
+    marked = {f"\ue000{number}\ue001": turn for number, turn in enumerate(turns[:-1])}  # the last is the model's
+    messages = [{"role": role, "content": marker} for marker, (role, _) in marked.items()]
     rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     start = _turn_start(tokenizer, tokenizer.chat_template)
     if start.strip():  # e.g. an empty block of thoughts: given, not to be learnt or generated
         rendered += start
-    parts = re.split("(" + "|".join(map(re.escape, contents)) + ")", rendered)
-    return [(contents[part], False) if part in contents else (part, True) for part in parts if part]
-
-
-def _marker(contents: dict, text: str, number: int) -> str:
-    marker = f"\ue000{number}\ue001"
-    contents[marker] = text
-    return marker
+    parts = re.split("(" + "|".join(map(re.escape, marked)) + ")", rendered)
+    return [(marked[part][1], False) if part in marked else (part, True) for part in parts if part]
 
 
 def _instruction(record, config) -> str:

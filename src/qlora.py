@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
@@ -91,10 +92,7 @@ def load_tokenizer(recipe):
         )
     tokenizer.model_max_length = 10**9  # prompts are cut by recipe.prompt.max_tokens, and counted
     if tokenizer.eos_token_id is None:
-        raise ModelError(
-            f"The tokenizer of {recipe.base_model!r} has no EOS token, so no summary could ever end: choose another "
-            "base_model."
-        )
+        raise ModelError(f"{recipe.base_model!r} has no EOS token, so no summary could end: choose another base_model.")
     if recipe.pad_token == "add":
         tokenizer.add_special_tokens({"pad_token": "[PAD]"})
         return tokenizer
@@ -133,11 +131,27 @@ def load_base(recipe, tokenizer, device: torch.device, quantization: BitsAndByte
     return prepare(model, tokenizer, recipe.seed)
 
 
+def load_adapted(recipe, tokenizer, device: torch.device) -> PeftModel:
+    """The base model with a fresh adapter, whose first weights are drawn from the recipe's seed."""
+    transformers.set_seed(recipe.seed)
+    lora = LoraConfig(task_type="CAUSAL_LM", **recipe.lora.model_dump())
+    return get_peft_model(load_base(recipe, tokenizer, device), lora)
+
+
+def training_arguments(recipe, device: torch.device, **settings) -> transformers.TrainingArguments:
+    """The recipe's [training], and other settings, as transformers' TrainingArguments; 02 writes them out."""
+    dtype = compute_dtype(recipe, device)
+    return transformers.TrainingArguments(
+        output_dir="outputs", seed=recipe.seed, optim=optimizer(recipe, device), disable_tqdm=True,
+        bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, use_cpu=device.type == "cpu",
+        **recipe.training.arguments(), **settings,
+    )  # fmt: skip
+
+
 def quantization_config(recipe, device: torch.device) -> BitsAndBytesConfig:
     """The recipe's [quantization] as transformers' BitsAndBytesConfig; load_in_4bit=False means no quantisation."""
-    return BitsAndBytesConfig(
-        **recipe.quantization.model_dump() | {"bnb_4bit_compute_dtype": compute_dtype(recipe, device)}
-    )
+    dtype = {"bnb_4bit_compute_dtype": compute_dtype(recipe, device)}
+    return BitsAndBytesConfig(**recipe.quantization.model_dump() | dtype)
 
 
 def generation_config(recipe) -> GenerationConfig:
@@ -208,47 +222,38 @@ def quiet():
 @contextmanager
 def hub_errors(name: str, revision: str = "main", what: str = "model"):
     """Turn the hub's errors into one paragraph: which id, which variable, what to do without a network."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import errors as hub
 
-    offline = (
-        "Offline alternative: put the model's files in a folder and set base_model to it "
-        '(OVERRIDES = {"base_model": "data/demo/base"} is in the repository).'
-    )
     try:
         yield
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        chain, cause = [], error
-        while cause is not None:
+    except (OSError, ValueError, hub.HfHubHTTPError) as error:
+        chain = [error]
+        while cause := chain[-1].__cause__ or chain[-1].__context__:
             chain.append(cause)
-            cause = cause.__cause__ or cause.__context__
 
         def caused_by(*kinds):
             return any(isinstance(e, kinds) for e in chain)
 
-        if caused_by(GatedRepoError) or "gated repo" in str(error):
+        unreachable = caused_by(hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled)
+        if caused_by(hub.GatedRepoError) or "gated repo" in str(error):
             token = "is set, so its account lacks access" if os.environ.get("HF_TOKEN") else "is not set"
             message = (
                 f"{name!r} is a gated model and the hub refused its {what}; HF_TOKEN {token}. Accept the licence on "
                 "the model's page, set HF_TOKEN to a read token, run again."
             )
-        elif caused_by(RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
+        elif caused_by(hub.RepositoryNotFoundError, hub.RevisionNotFoundError, hub.HFValidationError):
             message = (
                 f"The hub knows no model {name!r} at revision {revision!r} (or it is private): check base_model and "
                 "revision, and HF_TOKEN if it is private."
             )
-        elif caused_by(LocalEntryNotFoundError, OfflineModeIsEnabled) or "couldn't connect" in str(error).lower():
+        elif unreachable or "couldn't connect" in str(error).lower():
             message = (
                 f"The {what} of {name!r} (revision {revision!r}) is not in the local cache and the model hub cannot be "
                 "reached. Check the network and HF_HUB_OFFLINE, run again."
             )
         else:
             raise
-        raise ModelError(f"{message} {offline}") from error
+        raise ModelError(
+            f"{message} Offline alternative: put the model's files in a folder and set base_model to it "
+            '(OVERRIDES = {"base_model": "data/demo/base"} is in the repository).'
+        ) from error

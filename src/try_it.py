@@ -4,6 +4,7 @@ What can be wrong about the dialogue is found before torch is imported, which ta
 """
 
 import difflib
+import itertools
 import shutil
 import sys
 import textwrap
@@ -158,9 +159,8 @@ def side_by_side(found: dict[str, dict], dialogue: str, width: int) -> str:
         for line in [*text.split("\n"), "", f"({speed(answer)})"]:
             lines += textwrap.wrap(line.expandtabs(4), each, drop_whitespace=True) or [""]
         columns.append(lines)
-    height = max(map(len, columns))
-    columns = [lines + [""] * (height - len(lines)) for lines in columns]
-    return "\n".join(" | ".join(f"{line:<{each}}" for line in row).rstrip() for row in zip(*columns, strict=True))
+    rows = itertools.zip_longest(*columns, fillvalue="")
+    return "\n".join(" | ".join(f"{line:<{each}}" for line in row).rstrip() for row in rows)
 
 
 def main(file: str = "", section: str = "", run_name: str = "") -> int:

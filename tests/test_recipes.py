@@ -12,12 +12,6 @@ from src import recipes
 from src.recipes import RecipeError, load
 
 SECTIONS = ("data", "prompt", "quantization", "lora", "training", "generation", "evaluation", "engine")
-FLOATS = (
-    "lora.lora_dropout", "training.num_train_epochs", "training.learning_rate", "training.warmup_steps",
-    "training.weight_decay", "training.max_grad_norm", "generation.length_penalty", "generation.temperature",
-    "generation.repetition_penalty", "generation.top_p", "engine.memory_gib", "engine.checkpoint_minutes",
-)  # fmt: skip
-SAMPLING = {"generation.do_sample": True}
 
 
 def toml(name):
@@ -148,24 +142,7 @@ def test_an_unknown_recipe_names_the_known_ones():
         load("samsun")
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("key", FLOATS)
-def test_no_field_is_infinite_or_not_a_number(key, value):
-    assert f"{key} is {value} (float): input should be a finite number" in refusal({**SAMPLING, key: value})
-
-
-def test_the_list_of_floats_above_is_whole():
-    found = [
-        f"{name}.{key}"
-        for name in SECTIONS
-        for key, field in recipes.Recipe.model_fields[name].annotation.model_fields.items()
-        if float in (field.annotation, *typing.get_args(field.annotation))
-        or float in {typing.get_args(part)[0] for part in typing.get_args(field.annotation) if typing.get_args(part)}
-    ]
-    assert sorted(found) == sorted(FLOATS)
-
-
-@pytest.mark.parametrize(
+@pytest.mark.parametrize(  # how a refusal is worded, once for each kind; tests/test_values.py has the values
     ("overrides", "message"),
     [
         ({"lora.r": "8"}, r"^lora.r is '8' \(str\): input should be a valid integer"),
@@ -174,63 +151,20 @@ def test_the_list_of_floats_above_is_whole():
         ({"lora.r": None}, r"^lora.r is None"),
         ({"lora.r": 0}, r"^lora.r is 0 \(int\): input should be greater than or equal to 1"),
         ({"lora.r": 10**9}, r"^lora.r is 1000000000 .* less than or equal to 65536"),
-        ({"lora.lora_alpha": 0}, r"^lora.lora_alpha is 0"),
         ({"lora.lora_dropout": 1.0}, r"^lora.lora_dropout is 1.0 \(float\): input should be less than 1"),
-        ({"lora.lora_dropout": -0.1}, r"^lora.lora_dropout is -0.1"),
+        ({"lora.lora_dropout": math.nan}, r"^lora.lora_dropout is nan \(float\): input should be a finite number"),
         ({"lora.target_modules": "qproj"}, r"^lora.target_modules is 'qproj' \(str\): input should be a valid list"),
         ({"lora.target_modules": []}, r"^lora.target_modules is \[\] \(list\): list should have at least 1 item"),
         ({"lora.target_modules": ["q_proj", 5]}, r"^lora.target_modules.1 is 5 \(int\): input should be a valid str"),
         ({"quantization.bnb_4bit_quant_type": "int8"}, r"quant_type is 'int8' .* 'nf4' or 'fp4'"),
         ({"quantization.load_in_4bit": 1}, r"^quantization.load_in_4bit is 1 \(int\): .* valid boolean"),
         ({"training.lr_scheduler_type": "cosin"}, r"'cosin' .*'inverse_sqrt'. Did you mean 'cosine'\?"),
-        ({"training.lr_scheduler_type": "reduce_lr_on_plateau"}, r"^training.lr_scheduler_type is 'reduce_lr_on"),
-        ({"training.optim": "adamw_fast"}, r"'adamw_fast' .*'rmsprop'. Did you mean 'adamw_"),
         ({"training.optim": "paged_adamw"}, r"Did you mean 'paged_adamw_32bit'\?"),
-        ({"training.num_train_epochs": 0}, r"^training.num_train_epochs is 0 \(int\): input should be greater than 0"),
         ({"training.num_train_epochs": 1e12}, r"^training.num_train_epochs is 1000000000000.0 .* equal to 1000"),
         ({"training.max_steps": 0}, r"^training.max_steps is 0: expected -1 \(by epochs\) or at least 1"),
-        ({"training.max_steps": 10**9}, r"^training.max_steps is 1000000000"),
-        ({"training.per_device_train_batch_size": 0}, r"^training.per_device_train_batch_size is 0"),
-        ({"training.learning_rate": -1e-4}, r"^training.learning_rate is -0.0001"),
         ({"training.learning_rate": "2e-4"}, r"^training.learning_rate is '2e-4' \(str\): input should be a valid num"),
-        ({"training.learning_rate": True}, r"^training.learning_rate is True \(bool\)"),
-        ({"training.weight_decay": -1}, r"^training.weight_decay is -1 \(int\): input should be greater than or equal"),
-        ({"training.warmup_steps": -1}, r"^training.warmup_steps is -1"),
-        ({"training.max_grad_norm": -1}, r"^training.max_grad_norm is -1"),
-        ({"training.eval_steps": 0}, r"^training.eval_steps is 0"),
-        ({"training.early_stopping_patience": 0}, r"^training.early_stopping_patience is 0"),
-        ({"seed": -1}, r"^seed is -1 \(int\): input should be greater than or equal to 0"),
         ({"seed": 2**32}, r"^seed is 4294967296 \(int\): input should be less than 4294967296"),
         ({"base_model": ""}, r"^base_model is '' \(str\): expected a model id .*folder'\)\.$"),
-        ({"pad_token": "eos"}, r"^pad_token is 'eos' .* 'unk' or 'add'"),
-        ({"prompt.max_tokens": 31}, r"^prompt.max_tokens is 31"),
-        ({"prompt.few_shot": -1}, r"^prompt.few_shot is -1"),
-        ({"generation.max_new_tokens": 0}, r"^generation.max_new_tokens is 0"),
-        ({"generation.num_beams": 10**6}, r"^generation.num_beams is 1000000 .* less than or equal to 64"),
-        ({"generation.do_sample": True, "generation.num_beams": 4}, "do_sample and num_beams > 1 exclude each other"),
-        (
-            {**SAMPLING, "generation.top_p": 7},
-            r"^generation.top_p is 7 \(int\): input should be less than or equal to 1",
-        ),
-        ({**SAMPLING, "generation.top_p": 0}, r"^generation.top_p is 0 \(int\): input should be greater than 0"),
-        (
-            {**SAMPLING, "generation.temperature": 0},
-            r"^generation.temperature is 0 \(int\): input should be greater th",
-        ),
-        ({**SAMPLING, "generation.temperature": -1.0}, r"^generation.temperature is -1.0"),
-        ({"generation.temperature": 0.5}, "temperature and top_p only act when generation.do_sample is true"),
-        ({"generation.top_p": 0.5}, "temperature and top_p only act when generation.do_sample is true"),
-        ({"generation.length_penalty": 0.8}, "length_penalty only act with num_beams > 1"),
-        ({"generation.early_stopping": True}, "early_stopping and length_penalty only act with num_beams > 1"),
-        ({"generation.min_new_tokens": 999}, r"min_new_tokens \(999\) exceeds generation.max_new_tokens \(256\)"),
-        ({"evaluation.split": "test1"}, "evaluation.split is 'test1': samsum can be scored on validation, test"),
-        ({"evaluation.split": "train"}, "evaluation.split is 'train'"),
-        ({"evaluation.rows": 0}, r"^evaluation.rows is 0"),
-        ({"data.dataset": "xsum"}, r"^data.dataset is 'xsum'"),
-        ({"data.train_file": "x.csv"}, "data.train_file and the like are for the custom dataset, not 'samsum'"),
-        ({"data.dataset": "custom"}, "data.train_file is missing: expected a file of your own"),
-        ({"engine.memory_gib": 0}, r"^engine.memory_gib is 0"),
-        ({"engine.fused": "on"}, r"^engine.fused is 'on' .* 'auto' or 'off'"),
     ],
 )
 def test_what_cannot_run_is_refused_by_name(overrides, message):

@@ -25,9 +25,3 @@ from src.data.prepare import (
 )
 from src.data.records import normalise, read_rows
 from src.data.tables import DataError, read_table
-
-__all__ = [
-    "DataError", "audit", "evaluation_rows", "fetch", "fetch_model", "fingerprint", "key", "load", "load_split",
-    "normalise", "packaged", "prepare", "processed_dir", "published_file", "read_rows", "read_table", "report",
-    "seen", "source", "source_files", "split_by_seed", "train_rows", "validation_rows", "warn_of_lengths",
-]  # fmt: skip

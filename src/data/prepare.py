@@ -12,7 +12,7 @@ from pathlib import Path
 from src import recipes, runs
 from src.data.leaks import NEAR, audit, key, overlaps, sequences
 from src.data.records import read_rows, usable
-from src.data.tables import DataError, delimiter
+from src.data.tables import DataError, delimiter, verified
 
 SOURCES = Path(__file__).resolve().parents[2] / "data" / "sources.toml"
 
@@ -28,16 +28,10 @@ def source(dataset: str) -> dict:
 
 def fetch(folder: Path, name: str, sha256: str, url: str) -> Path:
     """Return folder/name, verified. If it is missing, it is downloaded, and has its name only once it is verified."""
-    path, where = folder / name, runs.relative(folder / name)
+    path = folder / name
     by_hand = f"Or download {url} yourself and place it at {runs.relative(folder / Path(url).name)}."
     if path.exists():
-        found = runs.sha256_file(path)
-        if found == sha256:
-            return path
-        raise DataError(
-            f"{where} has sha256 {found}, expected {sha256}: it is not the published file, or a part of it. Delete it "
-            f"and run again. {by_hand}"
-        )
+        return verified(path, sha256, by_hand)
     import pooch
 
     try:
@@ -45,11 +39,12 @@ def fetch(folder: Path, name: str, sha256: str, url: str) -> Path:
             return Path(pooch.retrieve(url, known_hash=sha256, path=new, fname=name, progressbar=True)).replace(path)
     except OSError as error:  # requests' errors too
         raise DataError(
-            f"{where} is missing and {url} cannot be fetched ({type(error).__name__}). Expected a file with sha256 "
-            f"{sha256}. Check the network and run again. {by_hand}"
+            f"{runs.relative(path)} is missing and {url} cannot be fetched ({type(error).__name__}). Expected a file "
+            f"with sha256 {sha256}. Check the network and run again. {by_hand}"
         ) from error
     except ValueError as error:  # pooch's, which deletes a download with another checksum
-        raise DataError(f"{where} from {url} broke off, or is not published: {error} Run again. {by_hand}") from error
+        found = f"{runs.relative(path)} from {url} broke off, or is not the published file"
+        raise DataError(f"{found}: {error} Run again. {by_hand}") from error
 
 
 def published_file(dataset: str, which: str) -> Path:

@@ -48,6 +48,17 @@ def read_table(path: Path, max_mb: float = MAX_MB) -> list[dict]:
     return list(table(path, max_mb))
 
 
+def verified(path: Path, sha256: str, by_hand: str) -> Path:
+    """The path of a file that has this sha256. Raises DataError; by_hand: what to do where it cannot be fetched."""
+    found = runs.sha256_file(path)
+    if found != sha256:
+        raise DataError(
+            f"{runs.relative(path)} has sha256 {found}, expected {sha256}: it is not the published file, or a part of "
+            f"it. Delete it and run again. {by_hand}"
+        )
+    return path
+
+
 def table(path: Path, max_mb: float = MAX_MB) -> Iterator[dict]:
     """The rows of a file one after the other. The first bytes decide what it is, not its name. Raises DataError.
 
@@ -148,17 +159,14 @@ def _not_utf8(path: Path, kind: str, error: UnicodeDecodeError) -> str:
     """Where the first byte is that is not UTF-8. A chunk's error does not know its place in the file."""
     if kind == "parquet":
         return f"has text that is not UTF-8 ({error.reason}): write the file again from text."
-    offset, line = 0, 1
-    with path.open("rb") as file:
-        for raw in file:
-            try:
-                raw.decode("utf-8")
-            except UnicodeDecodeError as found:
-                byte = raw[found.start : found.start + 1]
-                where = f"byte {byte!r} at offset {offset + found.start} (line {line})"
-                return f"is not UTF-8: {where}. Save the file as UTF-8 text and run again."
-            offset, line = offset + len(raw), line + 1
-    return "is not UTF-8. Save the file as UTF-8 text and run again."
+    raw = path.read_bytes()
+    try:
+        raw.decode("utf-8")
+    except UnicodeDecodeError as found:
+        error = found
+    line = raw.count(b"\n", 0, error.start) + 1
+    where = f"byte {raw[error.start : error.start + 1]!r} at offset {error.start} (line {line})"
+    return f"is not UTF-8: {where}. Save the file as UTF-8 text and run again."
 
 
 def _csv(path: Path) -> Iterator[dict]:
@@ -175,16 +183,13 @@ def _csv(path: Path) -> Iterator[dict]:
                 f"{shown_path(path)} has {which} twice or without a name in its header: expected different names. "
                 "Rename or remove a column."
             )
-        again, uneven, names = [], [], [name.strip().lower() for name in header]
+        uneven = []
         for number, fields in enumerate(lines, 1):
-            if len(fields) != len(header):
-                uneven.append(number)
-            elif [value.strip().lower() for value in fields] == names:
-                again.append(number)
-            else:
+            if len(fields) == len(header):
                 yield dict(zip(header, fields, strict=True))
+            else:
+                uneven.append(number)
         refuse(path, uneven, "more or fewer fields than its header", "Quote fields that hold the delimiter.")
-        refuse(path, again, "the header again", "Remove it there.")
 
 
 def _json(path: Path) -> Iterator[dict]:
@@ -246,7 +251,7 @@ def _parquet(path: Path, max_mb: float) -> Iterator[dict]:
                         "data.max_file_mb."
                     )
                 yield row
+    except PermissionError:
+        raise
     except (pyarrow.ArrowException, OSError) as error:
-        if isinstance(error, PermissionError):
-            raise
         raise ValueError(f"damaged, or another format ({type(error).__name__})") from None

@@ -6,20 +6,10 @@ demo's base, or another recipe's, with one defect at a time, answering.py asks i
 contamination.py asks a base model whether it has read a text.
 """
 
-from src.published.answering import answer, generate_right_padded, teacher_forced
-from src.published.contamination import continuation, memorised
-from src.published.costs import costs, holm
-from src.published.defects import (
-    DEFECTS,
-    PROSE,
-    Defect,
-    answers,
-    encoded,
-    fine_tuned,
-    measure,
-    score,
-    train,
-)
+from src.published.answering import answer
+from src.published.contamination import memorised
+from src.published.costs import costs
+from src.published.defects import DEFECTS, PROSE, answers, encoded, fine_tuned, measure, score, train
 from src.published.protocol import (
     RECIPE2_TURN,
     official_tokenizer,
@@ -28,9 +18,3 @@ from src.published.protocol import (
     recipe1_split,
     recipe2_prompt,
 )
-
-__all__ = [
-    "DEFECTS", "PROSE", "RECIPE2_TURN", "Defect", "answer", "answers", "continuation", "costs", "encoded", "fine_tuned",
-    "generate_right_padded", "holm", "measure", "memorised", "official_tokenizer", "recipe1_prompt",
-    "recipe1_protocol", "recipe1_split", "recipe2_prompt", "score", "teacher_forced", "train",
-]  # fmt: skip

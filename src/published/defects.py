@@ -17,9 +17,6 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-import transformers
-from peft import LoraConfig, get_peft_model
-from transformers import TrainingArguments
 
 from src import data, engine, prompts, qlora, recipes, runs, scoring
 from src.published.answering import answer
@@ -187,33 +184,25 @@ def fine_tuned(defect: Defect, overrides: dict, seed: int, tokenizer, rows: dict
     best = {"training.load_best_model_at_end": False}
     recipe = recipes.load(recipe, {**overrides, **best, **defect.overrides, "seed": seed})
     recipe = recipe.model_copy(update={"name": name})
-    device = qlora.resolve_device(recipe.device)
-    quantization = qlora.quantization_config(recipe, device)
-    lora = LoraConfig(task_type="CAUSAL_LM", **recipe.lora.model_dump())
-    transformers.set_seed(recipe.seed)
-    model = get_peft_model(qlora.load_base(recipe, tokenizer, device, quantization), lora)
+    model = qlora.load_adapted(recipe, tokenizer, qlora.resolve_device(recipe.device))
     if defect.train:
-        train(defect, recipe, model, tokenizer, rows, quantization, lora)
+        train(defect, recipe, model, tokenizer, rows)
     if engine.dequantized_fits(model):
         engine.dequantize(model)  # the same values, computed once and not at every step
     return model
 
 
-def train(defect: Defect, recipe, model, tokenizer, rows: dict, quantization, lora):
+def train(defect: Defect, recipe, model, tokenizer, rows: dict):
     """Train the model's adapter on the rows as the defect has them, or load it from the run that did; return the run.
 
     Evaluates every epoch where the recipe keeps the best adapter, else never.
     """
-    device, dtype = model.device, quantization.bnb_4bit_compute_dtype
+    device, lora = model.device, model.peft_config["default"]
     parts = [prompts.dataset([defect.train(row) for row in rows[part]]) for part in ("train", "validation")]
     when = "epoch" if recipe.training.load_best_model_at_end else "no"
-    arguments = TrainingArguments(
-        output_dir="outputs", seed=recipe.seed, eval_strategy=when, save_strategy=when, disable_tqdm=True,
-        bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, use_cpu=device.type == "cpu",
-        optim=qlora.optimizer(recipe, device), **recipe.training.arguments(),
-    )  # fmt: skip
-    limits = recipe.engine.limits()
-    plan = engine.plan(qlora.load_config(recipe), lora, quantization, arguments, parts[0], device, **limits)
+    arguments = qlora.training_arguments(recipe, device, eval_strategy=when, save_strategy=when)
+    config, quantization = qlora.load_config(recipe), qlora.quantization_config(recipe, device)
+    plan = engine.plan(config, lora, quantization, arguments, parts[0], device, **recipe.engine.limits())
     rouge = recipe.training.metric_for_best_model == "rougeL"
     generation = qlora.generation_config(recipe)
     callbacks = [engine.SampleAnswers(parts[1], tokenizer, generation, 0, scoring.rouge_l)] if rouge else []
