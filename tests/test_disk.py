@@ -367,7 +367,7 @@ def test_a_download_that_was_killed_is_fetched_again_and_leaves_nothing(server, 
 def test_a_download_that_breaks_off_is_no_file(server, tmp_path, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     url = f"http://127.0.0.1:{server.server_port}/x.csv"
-    with pytest.raises(data.DataError, match="x.csv from http://.* broke off, or is not published: .*Run again"):
+    with pytest.raises(data.DataError, match="x.csv from http://.* is not the published file: .*Run again"):
         server.asked.append("")  # a whole answer, of another file
         data.fetch(tmp_path, "x.csv", "0" * 64, url)
     assert list(tmp_path.iterdir()) == []

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import GenerationConfig
 
-from src import data, engine, gpus, prompts, qlora, recipes, runs
+from src import data, engine, gpus, prompts, qlora, recipes, reuse, runs
 from src import run as run_chain
 from src.engine import batches
 from tests.cells import cell, demo_rows
@@ -206,6 +206,7 @@ def test_make_run_gives_the_number_of_gpus_to_training_and_answering(monkeypatch
         run_chain, "_execute", lambda notebook, folder, parameters: given.update({notebook: parameters})
     )
     monkeypatch.setattr(run_chain, "_opened", lambda notebook: runs.Run("demo-00000000"))
+    monkeypatch.setattr(reuse, "inputs", lambda recipe: {})  # nothing is prepared here
     monkeypatch.setattr(runs, "find_evaluation", lambda run: (_ for _ in ()).throw(runs.RunError("so far")))
     assert run_chain.main(["demo", "{}", "2"]) == 1 and "so far" in capsys.readouterr().err
     assert {name: values.get("NUM_GPUS") for name, values in given.items()} == {
