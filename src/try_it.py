@@ -77,7 +77,8 @@ def choose_section(recipe, wanted: str = "") -> str:
     if not wanted:
         return known[0] if known else ""
     if not known:
-        raise TryError(f"SECTION is {wanted!r}, and the prompts of recipe {recipe.name} name none: leave it out.")
+        told = "leave it out, or name another run (RUN=demo)."
+        raise TryError(f"SECTION is {wanted!r}, and the prompts of recipe {recipe.name} name none: {told}")
     if wanted.upper() in (same := {name.upper(): name for name in known}):
         return same[wanted.upper()]
     close = difflib.get_close_matches(wanted.upper(), list(same), 1)
