@@ -61,6 +61,11 @@ def answers_view(answers: dict[str, str]) -> str:
     return _render("answers.html.j2", answers=shown)
 
 
+def folded(title: str, text: str) -> Markup:
+    """HTML of a long text, as it is written, that a click unfolds."""
+    return Markup("<details><summary>{}</summary><pre>{}</pre></details>").format(title, text)
+
+
 def choose_rows(metrics: dict, count: int = 3, seed: int = 0) -> dict[str, list[int]]:
     """Row numbers worth reading: random ones, and those that gained and lost most against base by ROUGE-L.
 

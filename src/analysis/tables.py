@@ -112,6 +112,14 @@ def samples(log: list[dict]) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("dialogue").map(visible).fillna("")
 
 
+def readable(table: pd.DataFrame):
+    """A table of texts for a notebook: to the left, with their line ends, and HTML shown as it is written, not run."""
+    shown = table.style.format(escape="html")
+    for axis in (0, 1):
+        shown = shown.format_index(escape="html", axis=axis)
+    return shown.set_properties(**{"text-align": "left", "white-space": "pre-wrap"})
+
+
 def save(folder: Path, name: str, table: pd.DataFrame) -> Path:
     """Write folder/<name>.csv. A text cell that a spreadsheet would run as a formula gets a leading apostrophe."""
 

@@ -118,7 +118,7 @@ def unreadable(css: str) -> list[str]:
         background, color = found.get("background"), found.get("color")
         if background and re.fullmatch(r"#([0-9a-f]{2})\1\1[0-3][0-9a-f]", background):
             continue  # a faint grey on any theme
-        if background is None and color is None:
+        if background is None and color is None or (background, color) == ("Canvas", "CanvasText"):  # the theme's own
             continue
         if background is None or color is None:
             broken.append(rule)
@@ -133,10 +133,11 @@ def test_colours_can_be_read_in_light_and_dark_themes(make_run, make_evaluation)
     evaluation = make_evaluation(make_run())
     page = page_of(evaluation)
     css = re.search("<style>(.*?)</style>", page, re.DOTALL).group(1)
-    assert css.count("background") == 4 and unreadable(css) == []
+    assert css.count("background") == 5 and unreadable(css) == []
     assert "background" not in page.replace(css, "") and not re.search(r"[;\"]color:", page.replace(css, ""))
     # the check sees what was wrong before
     assert unreadable("th{background:#f4f4f4}") and unreadable(".warn{background:#fbe3c8;padding:0}")
+    assert unreadable("form{background:Canvas}")
     assert unreadable(".dim{color:#666}") and unreadable("a{background:#777;color:#888}")
 
 
@@ -190,3 +191,10 @@ def test_the_cards_snippet_pins_the_hubs_commit(make_run, make_evaluation, load_
     assert '"mistralai/Mistral-7B-Instruct-v0.2"' in code and f'revision="{"a" * 40}"' in code
     assert ("BitsAndBytesConfig" in code) is load_in_4bit and "resize_token_embeddings" in code
     assert "CC BY-NC-ND 4.0" in card and "2 example(s)" in card
+
+
+def test_a_folded_text_is_shown_and_never_run():
+    html = pages.folded("<b>settings", "r = 16\n</pre><script>")
+    assert html == (
+        "<details><summary>&lt;b&gt;settings</summary><pre>r = 16\n&lt;/pre&gt;&lt;script&gt;</pre></details>"
+    )

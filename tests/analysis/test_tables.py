@@ -122,3 +122,10 @@ def test_samples_stand_in_a_row_a_dialogue_and_a_column_a_step_with_a_tick_where
         "1": {"reference": "right one", "step 10": "right one ✓", "step 20": "right  one ✓"},
     }
     assert len(tables.samples(log[:1])) == 0
+
+
+def test_texts_in_a_table_are_shown_and_never_run():
+    evil = "<script>alert(1)</script>"
+    table = pd.DataFrame({f"{evil}step": [f"{evil}\nnext"]}, index=[f"{evil}row"])
+    html = tables.readable(table).to_html()
+    assert "<script" not in html and html.count("&lt;script&gt;") == 3 and "text-align: left" in html
