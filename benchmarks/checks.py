@@ -31,6 +31,11 @@ SECTIONS = {  # section: (file in tests, beginnings of the tests that count, wha
         ("test_a_damaged", "test_damaged", "test_a_whole_folder", "test_scores_that"),
         "damaged files that were named, set aside whole and not used",
     ),
+    "locks": (
+        "test_locks",
+        ("test_",),
+        "processes at a run, an evaluation or rows that another has, with and without flock, and after its kill",
+    ),
     "disks": (
         "test_disk",
         ("test_a_disk", "test_a_folder", "test_make_run", "test_a_download", "test_what_a_killed"),

@@ -260,7 +260,9 @@ def spread() -> str:
 def reliability() -> str:
     """What was tried and how much of it was handled, from results/reliability.json."""
     found = results("reliability")
-    parts = [found[name] for name in ("values", "files", "prompts", "damage", "disks", "kills") if name in found]
+    parts = [
+        found[name] for name in ("values", "files", "prompts", "damage", "locks", "disks", "kills") if name in found
+    ]
     rows = [[part["what"], f"{part['tried']:,}", f"{part['handled']:,}", f"`{part['command']}`"] for part in parts]
     return markdown(["what", "tried", "handled", "command"], rows)
 

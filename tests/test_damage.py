@@ -159,7 +159,7 @@ def test_the_tables_here_are_whole(copy):
         return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
 
     own = [name for name in names(run.folder) if not name.startswith((".", "evaluations", "checkpoints"))]
-    assert own == sorted(RUN) and names(runs.ROOT / "data" / "processed" / "demo") == sorted([".lock", *PROCESSED])
+    assert own == sorted(RUN) and names(runs.ROOT / "data" / "processed" / "demo") == sorted(PROCESSED)
     assert sorted(set(names(one.folder)) - {".lock", ".opened"}) == EVALUATION
     newest = run.checkpoints / "checkpoint-2"
     assert set(CHECKPOINT) <= set(names(newest)) and set(

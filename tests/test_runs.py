@@ -3,12 +3,9 @@
 import dataclasses
 import gc
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -559,66 +556,6 @@ def test_a_torn_log_or_checkpoint_does_not_keep_a_run_from_going_on(root):
 
 def test_a_run_without_checkpoints_starts_at_the_beginning(root):
     assert opened()["run"].checkpoint() is None
-
-
-# --- two processes ----------------------------------------------------------------------------------------------------
-
-HOLD = """
-import sys, time
-from pathlib import Path
-from src import runs
-runs.ROOT = Path(sys.argv[1])
-try:
-    runs.Run(sys.argv[2]).lock()
-except runs.RunError as error:
-    print(error, flush=True)
-else:
-    print("locked", flush=True)
-    time.sleep(120)
-"""
-
-
-def second_process(run):
-    command = [sys.executable, "-c", HOLD, str(runs.ROOT), run.name]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-
-
-def test_a_second_process_is_refused_until_the_first_is_gone(root):
-    run = opened()["run"]
-    run.unlock()
-    other = second_process(run)
-    try:
-        assert other.stdout.readline() == "locked\n"
-        message = (
-            rf"outputs/{run.name} is being trained by process {other.pid} on {re.escape(os.uname().nodename)} since "
-        )
-        with pytest.raises(RunError, match=message + "20.*: wait for it, or stop it. Then run this cell again"):
-            opened()
-        assert name({"lora.r": 2}) != run.name  # another run may be trained meanwhile
-    finally:
-        other.send_signal(signal.SIGKILL)
-        other.wait()
-    assert opened()["run"] == run  # a killed process holds nothing
-
-
-def test_this_process_may_open_its_run_twice_and_others_may_not(root):
-    run = opened()["run"]
-    assert opened()["run"] == run
-    other = second_process(run)
-    assert other.communicate(timeout=60)[0].startswith(
-        f"outputs/{run.name} is being trained by process {os.getpid()} on"
-    )
-
-
-def test_a_finished_run_holds_no_lock(finished):
-    opened()
-    other = second_process(finished)
-    try:
-        assert other.stdout.readline() == "locked\n"
-        assert opened()["run"] == finished  # nor does another process keep it from being read
-    finally:
-        other.kill()
-        other.wait()
 
 
 # --- found again ------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import datetime
 import json
 import os
 import socket
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from src import runs
@@ -36,7 +36,8 @@ def hold(folder: Path, doing: str):
             who = json.loads(holder.read_text(encoding="utf-8")) if holder.is_file() else {}
             raise runs.RunError(
                 f"{files.relative(folder)} is {doing} by process {who.get('process', '?')} on {who.get('host', '?')} "
-                f"since {who.get('since', '?')}: wait for it, or stop it. Then run this cell again."
+                f"since {who.get('since', '?')}: wait for it, or stop it (or delete .lock "
+                "there, if that host is gone). Then run this cell again."
             ) from None
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     chain = os.environ.get("CHAIN")  # the `make run` that this process belongs to
@@ -48,6 +49,9 @@ def release(folder: Path):
     """Let other processes have the folder."""
     (folder / ".lock.json").unlink(missing_ok=True)
     if folder in HELD:
+        with suppress(OSError):  # an empty file counts as held where a copy of the folder meets no flock
+            if HELD[folder].is_locked and not (folder / ".lock").stat().st_size:
+                (folder / ".lock").unlink()
         HELD.pop(folder).release(force=True)
 
 
