@@ -169,6 +169,7 @@ def train(folder: str, setup: str, part: str = "sample", overrides=None, warmup:
     first = next(row for row in log if row["step"] >= (warmup or max(5, len(log) // 4)))
     tokens, seconds = log[-1]["tokens"] - first["tokens"], log[-1]["seconds"] - first["seconds"]
     mean = sum(map(len, encoded["input_ids"])) / len(encoded)
+    per_token = (6 if trainer.plan.checkpointing else 4) * planning.shapes(qlora.load_config(recipe), lora)["linear"]
     return {
         "setup": setup,
         "ours": True,
@@ -176,7 +177,7 @@ def train(folder: str, setup: str, part: str = "sample", overrides=None, warmup:
         "samples_s": round(tokens / seconds / mean, 1),
         "steps_s": round((log[-1]["step"] - first["step"]) / seconds, 2),
         "peak_gib": trainer.peak_gib,
-        "matmul_share": round(tokens / seconds * (6 if trainer.plan.checkpointing else 4) * 6.98e9 / rate, 3),
+        "matmul_share": round(tokens / seconds / plan.ranks * per_token / rate, 3),
         "matmul_tflops": round(rate / 1e12),
         "capped_gib": recipe.engine.memory_gib,
         "predicted_gib": plan.gib,

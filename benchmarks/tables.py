@@ -112,6 +112,30 @@ def before_and_after() -> str:
     return markdown(["setup", "code", "tokens/s", "peak GiB", "call"], rows)
 
 
+def small() -> str:
+    """SmolLM2-135M, 16 rows a step, with and without recorded steps, from results/small.json."""
+    rows = []
+    for r in results("small"):
+        steps = f"{r['steps_s']:.1f}" if "steps_s" in r else f"{r['steps'] / r['train_seconds']:.1f}"
+        rows.append(
+            [r["setup"], "yes" if r["plan"]["graphs"] else "no", steps, f"{r['tok_s']:,}", f"{r['peak_gib']:.1f}"]
+        )
+    return markdown(["setup", "recorded", "steps/s", "tokens/s", "peak GiB"], rows)
+
+
+def kernels() -> str:
+    """Milliseconds of kernels by kind, from results/kernels.json: a training step, and generation as a whole."""
+    found = {r["setup"]: r["ms_a_step"] for r in results("kernels") if "ms_a_step" in r}
+    found |= {f"generate, {k}": ms for r in results("kernels") for k, ms in r.get("ms", {}).items()}
+    kinds = ["matrix products", "attention", "element-wise, fused", "dropout", "copies", "rest"]
+    rows = []
+    for setup, ms in found.items():
+        idle = ms["wall"] - sum(value for kind, value in ms.items() if kind != "wall")
+        share = f"{ms['matrix products'] / ms['wall']:.0%}"
+        rows.append([setup, *(f"{x:,.0f}" for x in (ms["wall"], *(ms.get(k, 0) for k in kinds), max(idle, 0))), share])
+    return markdown(["ms of", "wall", *kinds, "waiting", "matrix products, share"], rows)
+
+
 def coverage() -> str:
     """How often intervals hold the truth and p errs, from results/coverage.json: lowest to highest over systems."""
     found = {}
@@ -272,6 +296,8 @@ BLOCKS = {  # file: {marker: what stands between <!-- marker --> and <!-- end --
     "benchmarks/README.md": {
         "h200": gpu,
         "h100": before_and_after,
+        "small": small,
+        "kernels": kernels,
         "cpu": cpu,
         "signs": signs,
         "coverage": coverage,

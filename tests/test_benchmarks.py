@@ -33,9 +33,10 @@ def test_figures_in_readmes_prose_are_those_of_the_committed_results():
     shown = [f"{r['value']:.3f} [{r['low']:.3f}, {r['high']:.3f}]" for r in (base, tuned)]
     assert f"took ROUGE-L from {shown[0]} to {shown[1]} ({laptop['n']} rows, unstemmed)" in text
     assert f"{round(laptop['minutes'])} minutes on 2 CPU cores" in text
-    trained = [r["minutes"] for r in tables.results("real") if r["dataset"] == "samsum" and r["split"] == "test"
-               and r["setting"] == "as the recipe" and r["system"] == "finetuned"]  # fmt: skip
-    assert f"{round(max(trained))} minutes of training on a shared H200" in text
+    small = {r["setup"]: r for r in tables.results("small")}
+    rates = small["smollm2_16_graphs"]["tok_s"], small["smollm2_16"]["tok_s"]
+    assert f"the small model {rates[0]:,} where they gave {rates[1]:,}" in text
+    assert f"{round(small['samsum_small']['train_seconds'])} seconds of training on an H100" in text
 
 
 def test_capped_runs_stayed_within_their_limit_without_a_retry():

@@ -8,8 +8,11 @@ class StepGraphs:
 
     loss: a function of the inputs (what `batches.pack_to` returns), which is recorded once for every shape of theirs.
     Where there is no stream (on a CPU), or recording has failed, which is said once, it runs again in every step.
-    Of several `ranks`, each records its own share of a step; loss and gradients are summed over them.
+    Of several `ranks`, each records its own share of a step; loss and gradients are summed over them. `refused`: why
+    recording failed.
     """
+
+    refused = None
 
     def __init__(self, model, loss, ranks: int = 1):
         self.loss, self.recorded, self.parameters = loss, {}, [p for p in model.parameters() if p.requires_grad]
@@ -61,7 +64,7 @@ class StepGraphs:
             raise
         except RuntimeError as error:
             torch.cuda.set_stream(usual)
-            self.stream, said = None, str(error).splitlines()[0]
-            print(f"CUDA graphs cannot be recorded here, so kernels are launched one by one: {said}")
+            self.stream, self.refused = None, str(error).splitlines()[0]
+            print(f"CUDA graphs cannot be recorded here, so kernels are launched one by one: {self.refused}")
             return step
         return lambda: (graph.replay(), result)[1]

@@ -201,10 +201,17 @@ class FastTrainer(resuming.BetweenLogs, Trainer):
         recorded = (lambda x: summed_loss(self.model, x)[0]), self.args.world_size
         self.graphs = StepGraphs(self.model, *recorded) if self.plan.graphs else None
         if device.type == "cuda":
+            torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)
         try:
-            with fused(self.model, self.plan.fused, self.plan.fp8), short_walks(self.model):
-                return super().train(resume_from_checkpoint=checkpoint)
+            # what DistributedDataParallel keeps of autograd's graph has to lie on the stream that records
+            stream = self.graphs.stream if self.graphs and self.args.world_size > 1 else None
+            walks, on_stream = short_walks(self.model), torch.cuda.stream(stream)
+            with fused(self.model, self.plan.fused, self.plan.fp8), walks, on_stream:
+                result = super().train(resume_from_checkpoint=checkpoint)
+            if stream:
+                stream.synchronize()
+            return result
         except torch.OutOfMemoryError:
             if self.args.world_size > 1:  # the others wait for this one's gradients
                 raise PlanError(
@@ -217,7 +224,8 @@ class FastTrainer(resuming.BetweenLogs, Trainer):
             if self.plan.checkpointing:
                 base.activation_checkpointing_disable()
             if self.graphs:
-                self.recorded, self.graphs = len(self.graphs.recorded), None  # their memory goes
+                self.recorded = 0 if self.graphs.refused else len(self.graphs.recorded)
+                self.graphs = None  # their memory goes
 
     def _shrink(self):
         """Go on with the next smaller plan. Raises PlanError if there is none."""
