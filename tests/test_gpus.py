@@ -205,6 +205,8 @@ def test_make_run_gives_the_number_of_gpus_to_training_and_answering(monkeypatch
     monkeypatch.setattr(
         run_chain, "_execute", lambda notebook, folder, parameters: given.update({notebook: parameters})
     )
+    monkeypatch.setattr("src.reuse.find", lambda recipe: None)
+    monkeypatch.setattr("src.reuse.inputs", lambda recipe: {})
     monkeypatch.setattr(run_chain, "_opened", lambda notebook: runs.Run("demo-00000000"))
     monkeypatch.setattr(reuse, "inputs", lambda recipe: {})  # nothing is prepared here
     monkeypatch.setattr(runs, "find_evaluation", lambda run: (_ for _ in ()).throw(runs.RunError("so far")))

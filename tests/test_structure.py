@@ -169,7 +169,7 @@ def listed(paths) -> str:
 
 BUDGETS = {
     "src": 2415,
-    "src/engine": 1884,
+    "src/engine": 1892,
     "src/analysis": 1388,
 }  # fmt: skip
 
