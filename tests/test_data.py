@@ -94,7 +94,7 @@ def test_json_with_number_ids_null_sections_and_other_columns_is_read(repository
     assert data.read_rows(repository / "a.json") == [{"id": "7", "section": "", "dialogue": "a", "summary": "b"}]
 
 
-@pytest.mark.parametrize("character", [";", "\t"])
+@pytest.mark.parametrize("character", [";", "\t", "|"])
 def test_another_delimiter_is_found_in_the_header_and_reported(repository, character):
     text = "dialogue,summary\n" + "".join(f"a{n},b\n" for n in range(10))
     assert set(data.prepare(custom(repository, text))["sources"]["train"]) == {"file", "sha256"}

@@ -1,4 +1,4 @@
-"""Tables as files hold them: CSV (comma, semicolon or tab), JSON, JSONL and parquet, read row by row.
+"""Tables as files hold them: CSV (comma, semicolon, tab or bar), JSON, JSONL and parquet, read row by row.
 
 Reading is strict where text could be lost or swapped without a word, and no error shows a row's text (it may be a
 patient's): it says which row or line, and names columns only if they are ones that a record has.
@@ -89,13 +89,13 @@ def table(path: Path, max_mb: float = MAX_MB) -> Iterator[dict]:
 
 
 def delimiter(path: Path) -> str:
-    """What stands between the columns of a CSV: a comma, unless its header has dialogue and summary between ; or tabs.
+    """The delimiter of a CSV: a comma, unless its header has dialogue and summary between semicolons, bars or tabs.
 
     "," for the other formats, which have none.
     """
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
         start = file.read(10_000)
-    for character in ";\t":
+    for character in ";\t|":
         try:
             columns = next((row for row in csv.reader(io.StringIO(start, newline=""), delimiter=character) if row), [])
         except csv.Error:
