@@ -138,11 +138,8 @@ def over_seeds(rows: list[dict[str, np.ndarray]], seed: int) -> dict[str, dict]:
         found[column] = {"value": value, "sd": sd, "low": None, "high": None}
         if column in intervals:
             seeds = stats.t.ppf(0.975, len(rows) - 1) * sd / np.sqrt(len(rows))
-            low, high = (
-                value + side * float(np.hypot(bound - value, seeds))
-                for side, bound in zip((-1, 1), intervals[column], strict=True)
-            )
-            found[column]["low"], found[column]["high"] = _within(column, low, high)
+            below, above = (float(np.hypot(bound - value, seeds)) for bound in intervals[column])
+            found[column]["low"], found[column]["high"] = _within(column, value - below, value + above)
     return found
 
 

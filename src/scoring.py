@@ -93,25 +93,22 @@ def evaluate(
         values, signature = bertscore(texts, references * len(systems), bertscore_model)
         for name, part in zip(systems, np.split(values, len(systems)), strict=True):
             rows[name]["BERTScore F1"] = part
+    both, main = [name for name in ("base", "finetuned") if name in rows], ("ROUGE-1", "ROUGE-L")
     for name in systems:
-        means = {column: rows[name][column] for column in ("ROUGE-1", "ROUGE-L")}
+        means = {column: rows[name][column] for column in main}
         scores[name] = {"clean": None} | {part: with_intervals(rows[name], i, seed) for part, i in parts.items()}
         scores[name]["sections"] = {
             section: {"n": len(chosen)} | with_intervals(means, np.array(chosen), seed)
             for section, chosen in sorted(sections.items(), key=lambda item: -len(item[1]))
         }
-    pair = [rows[name] for name in ("base", "finetuned") if name in rows]
+    pair = [rows[name] for name in both]
     tests = {part: paired_test(*pair, chosen, seed) for part, chosen in parts.items()} if len(pair) == 2 else None
     return {
         "n": len(records),
         "n_clean": len(clean),
         "systems": scores,
         "paired": {"finetuned minus base": tests} if tests else {},
-        "per_row": {
-            name: {column: rows[name][column].round(6).tolist() for column in ("ROUGE-1", "ROUGE-L")}
-            for name in ("base", "finetuned")
-            if name in rows
-        },
+        "per_row": {name: {column: rows[name][column].round(6).tolist() for column in main} for name in both},
         "settings": settings(seed, signature),
     }
 

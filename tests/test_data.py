@@ -98,7 +98,7 @@ def test_json_with_number_ids_null_sections_and_other_columns_is_read(repository
 def test_another_delimiter_is_found_in_the_header_and_reported(repository, character):
     text = "dialogue,summary\n" + "".join(f"a{n},b\n" for n in range(10))
     assert set(data.prepare(custom(repository, text))["sources"]["train"]) == {"file", "sha256"}
-    recipe = custom(repository, text.replace(",", character).replace("a0", "a, then b"))
+    recipe = custom(repository, "\n\n" + text.replace(",", character).replace("a0", "a, then b"))
     assert data.prepare(recipe)["sources"]["train"]["delimiter"] == character
     assert {r["summary"] for r in data.train_rows(recipe)} == {"b"}
     assert "a, then b" in {r["dialogue"] for split in recipes.splits("custom") for r in data.load_split(recipe, split)}

@@ -69,6 +69,12 @@ def test_a_fresh_adapter_changes_nothing(tiny_model):
     torch.testing.assert_close(adapted(recipe).eval()(input_ids=IDS).logits, before)
 
 
+def test_the_first_weights_of_an_adapter_are_the_seeds(tiny_model):
+    models = [adapted(tiny(tiny_model, {"seed": seed})) for seed in (1, 1, 2)]
+    one, again, other = (next(p for n, p in model.named_parameters() if "lora_A" in n) for model in models)
+    assert torch.equal(one, again) and not torch.equal(one, other)
+
+
 def test_gradients_are_the_same_after_a_generation_in_between(tiny_model):
     # On a CPU with AVX512-BF16, bitsandbytes' own layers lose their gradient at the first forward pass in eval mode.
     model = adapted(tiny(tiny_model))

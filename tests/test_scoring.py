@@ -63,21 +63,13 @@ def test_rouge_equals_rouge_score_called_directly():
     np.testing.assert_allclose(rows["ROUGE-Lsum stemmed"], direct, atol=1e-9)
 
 
-def test_bleu_equals_sacrebleu_called_directly():
-    predictions, references = texts(1), texts(2)
-    values = scoring.corpus(scoring.score_rows(predictions, references))
-    assert values["sacreBLEU"] == pytest.approx(BLEU().corpus_score(predictions, [references]).score, abs=1e-9)
-    plain = BLEU(smooth_method="none").corpus_score(predictions, [references]).score
-    assert values["BLEU (0-1)"] == pytest.approx(plain / 100, abs=1e-9) and plain > 0
-
-
 def test_bleu_and_chrf_of_any_rows_are_sacrebleus():
     predictions, references = (
         texts(1, 40) + ["", "", "xy"],
         texts(2, 40) + ["", "knees", ""],
     )  # empty and one-word texts
     rows = scoring.score_rows(predictions, references)
-    rng, smoothed = random.Random(0), 0
+    rng, smoothed, highest = random.Random(0), 0, 0
     for size in [1] * 43 + [2, 3, 5, 20, 43] * 10:
         chosen = [rng.randrange(43) for _ in range(size)] if size > 1 else [smoothed % 43]
         smoothed += 1
@@ -85,6 +77,10 @@ def test_bleu_and_chrf_of_any_rows_are_sacrebleus():
         found = scoring.corpus(rows, chosen)
         assert found["sacreBLEU"] == pytest.approx(BLEU().corpus_score(one, other).score, abs=1e-9)
         assert found["chrF"] == pytest.approx(CHRF().corpus_score(one, other).score, abs=1e-9)
+        plain = BLEU(smooth_method="none").corpus_score(one, other).score
+        assert found["BLEU (0-1)"] == pytest.approx(plain / 100, abs=1e-9)
+        highest = max(highest, plain)
+    assert highest > 0  # most texts have no four words in common
     draws = scoring.resamples(43, 0)
     drawn = intervals.distribution(rows, draws)
     for column, values in drawn.items():

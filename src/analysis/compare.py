@@ -40,17 +40,17 @@ def find(current, names=(), against: str | None = None) -> list[Compared]:
         if name not in known:
             raise runs.RunError(f"No finished run of {dataset} is named {name!r}. Found: {', '.join(known) or 'none'}.")
     wanted = {*names, against, current.run.name} if names else set(known)
-    found = [(run, evaluation) for run in known.values() if run.name in wanted for evaluation in runs.evaluations(run)]
-    found.sort(key=lambda pair: pair[1].config["created"])
+    found = [one for run in known.values() if run.name in wanted for one in runs.evaluations(run)]
+    found.sort(key=lambda one: one.config["created"])
     settings = [
-        _trained(run.config) | {f"generation.{key}": v for key, v in evaluation.config["generation"].items()}
-        for run, evaluation in found
+        _trained(one.run.config) | {f"generation.{key}": value for key, value in one.config["generation"].items()}
+        for one in found
     ]
     keys = dict.fromkeys(key for setting in settings for key in setting)
     differing = [key for key in keys if len({json.dumps(setting.get(key)) for setting in settings}) > 1]
     zero = current
     if against not in (None, current.run.name):
-        same = [e for run, e in found if run.name == against and _rows(e) == _rows(current)]
+        same = [one for one in found if one.run.name == against and _rows(one) == _rows(current)]
         if not same:
             raise runs.RunError(f"Run {against} was not scored on the rows of {current.name}: run 03 for it first.")
         zero = same[-1]
@@ -61,7 +61,7 @@ def find(current, names=(), against: str | None = None) -> list[Compared]:
             {key: _shown(setting.get(key)) for key in differing},
             _difference(zero, evaluation) if evaluation != zero and _rows(evaluation) == rows else None,
         )
-        for (_, evaluation), setting in zip(found, settings, strict=True)
+        for evaluation, setting in zip(found, settings, strict=True)
     ]
 
 

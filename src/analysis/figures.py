@@ -82,18 +82,18 @@ def sections(metrics: dict, column: str = "ROUGE-L"):
     order = sorted(base, key=lambda s: base[s][column]["value"] - tuned[s][column]["value"])
     alt = f"{column} of base and fine-tuned by section, from the largest gain: {', '.join(order)}"
     fig, (axis,) = figure(8, 0.27 * len(order) + 1.2, title=about(metrics), alt=alt)
-    pairs = (("base", base, True), ("finetuned", tuned, False))
-    rows = {
-        f"{s} (n={base[s]['n']})": [
-            found[s][column] | {"color": COLORS[name], "hollow": hollow, "label": LABELS[name] if i == 0 else None}
-            for name, found, hollow in pairs
-        ]
-        for i, s in enumerate(order)
-    }
+    rows = {f"{s} (n={base[s]['n']})": _pair(base[s][column], tuned[s][column], s == order[0]) for s in order}
     dots(axis, rows)
     axis.set(xlabel=f"{column} (F1, 0-1, unstemmed)", xlim=(0, 1.02))
     fig.legend(loc="outside upper right", ncols=2, frameon=False)
     return fig
+
+
+def _pair(base: dict, tuned: dict, labelled: bool) -> list[dict]:
+    """Two dots for `dots`: the base's is hollow. labelled: whether the legend names them."""
+    base = base | {"color": COLORS["base"], "hollow": True}
+    tuned = tuned | {"color": COLORS["finetuned"]}
+    return [base | {"label": LABELS["base"]}, tuned | {"label": LABELS["finetuned"]}] if labelled else [base, tuned]
 
 
 def compared(found: list, against: str):
@@ -111,9 +111,7 @@ def compared(found: list, against: str):
         label = f"{one.label} ({metrics['split']}, n={metrics['n']})"
         while label in rows:
             label += " "  # another way of decoding
-        ours = {"color": COLORS["finetuned"], "label": None if rows else LABELS["finetuned"]}
-        theirs = {"color": COLORS["base"], "hollow": True, "label": None if rows else LABELS["base"]}
-        rows[label] = [base | theirs, tuned | ours]
+        rows[label] = _pair(base, tuned, not rows)
         gain = one.difference
         differences[label] = [{"value": gain["difference"], **gain, "color": COLORS["finetuned"]}] if gain else []
     dots(scores, rows)
@@ -207,8 +205,8 @@ def length_plot(metrics: dict, predictions: dict[str, list[dict]]):
             axis.scatter(beyond, [top] * len(beyond), s=24, marker="^", alpha=0.7, color=COLORS[name])
             note = f"triangles: {top}+ ({len(beyond)} of {len(lengths)} rows)"
             axis.set_title(note, loc="right", fontsize="small", color=COLORS[name])
-        axis.set(xlabel="words in the reference", ylabel="words in the summary")
         axis.set_title(label, loc="left", fontsize="medium")
+        axis.set(xlabel="words in the reference", ylabel="words in the summary")
         axis.set(xlim=(0, right), ylim=(-0.03 * top, 1.05 * top))
     return fig
 

@@ -51,7 +51,7 @@ def published(dataset: str) -> pd.DataFrame:
     """Published numbers for a dataset, each in the column of its own scorer. No rows for the demo and own data."""
     table = pd.read_csv(PUBLISHED, dtype=str, keep_default_na=False).set_index("system")
     table = table[table["dataset"] == dataset].drop(columns=["dataset", "source"])
-    table = table.loc[:, [bool((table[column] != "").any()) for column in table]]
+    table = table.loc[:, (table != "").any()]
     scores = [column for column in table if column.startswith(("ROUGE", *scoring.COLUMNS))]
     table[scores] = table[scores].map(lambda value: f"{Decimal(value):.3f}" if value else "")
     return table
@@ -78,15 +78,12 @@ def paired(metrics: dict) -> pd.DataFrame:
 
 def text(metrics: dict) -> pd.DataFrame:
     """Lengths in words, novelty, unsupported numbers and how answers ended, one row a system; shares as percentages."""
-
-    def cell(name: str, value: float | None) -> str:
-        if value is None or value != value:  # not every system was generated
-            return ""
-        return f"{value:.0%}" if "words" not in name else f"{value:.2f}"
-
     order = ["reference", *(name for name in metrics["text"] if name != "reference")]
     table = pd.DataFrame.from_dict({LABELS.get(n, n): metrics["text"][n] for n in order}, orient="index")
-    return table.apply(lambda values: values.map(lambda value: cell(values.name, value))).rename_axis("system")
+    for column in table:
+        shown = "{:.2f}" if "words" in column else "{:.0%}"
+        table[column] = table[column].map(shown.format, na_action="ignore")  # not every system was generated
+    return table.fillna("").rename_axis("system")
 
 
 def sections(metrics: dict, column: str = "ROUGE-L") -> pd.DataFrame:

@@ -5,7 +5,6 @@ patient's): it says which row or line, and names columns only if they are ones t
 """
 
 import csv
-import io
 import itertools
 import json
 import re
@@ -93,14 +92,10 @@ def delimiter(path: Path) -> str:
 
     "," for the other formats, which have none.
     """
-    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-        start = file.read(10_000)
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        header = file.read(10_000).lstrip().partition("\n")[0].replace('"', "")
     for character in ";\t|":
-        try:
-            columns = next((row for row in csv.reader(io.StringIO(start, newline=""), delimiter=character) if row), [])
-        except csv.Error:
-            continue
-        if {"dialogue", "summary"} <= {field(column) for column in columns}:
+        if {"dialogue", "summary"} <= {field(column) for column in header.split(character)}:
             return character
     return ","
 
