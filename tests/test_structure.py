@@ -168,9 +168,9 @@ def listed(paths) -> str:
 
 
 BUDGETS = {
-    "src": 2415,
+    "src": 2385,
     "src/engine": 1892,
-    "src/analysis": 1388,
+    "src/analysis": 1384,
 }  # fmt: skip
 
 

@@ -77,8 +77,10 @@ def test_systems_are_dots_the_best_on_top_and_sections_pairs_the_largest_gain_on
             metrics["systems"][system]["sections"][name] = cell
     (axis,) = figures.sections(metrics).axes
     assert [label.get_text() for label in axis.get_yticklabels()] == ["PLAN (n=1)", "CC (n=2)", "ALLERGY (n=1)"]
-    faces = [(line.get_xdata()[0], line.get_markerfacecolor()) for line in axis.lines if line.get_marker() == "o"]
-    assert faces[:2] == [(0.25, "white"), (0.05, figures.COLORS["finetuned"])]  # of PLAN: the base is hollow
+    faces = {
+        f"{line.get_xdata()[0]:.2f}": line.get_markerfacecolor() for line in axis.lines if line.get_marker() == "o"
+    }
+    assert (faces["0.25"], faces["0.05"]) == ("white", figures.COLORS["finetuned"])  # the base is hollow
     for system in ("base", "finetuned"):
         metrics["systems"][system]["sections"] = {}
     assert figures.sections(metrics) is None

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from src import runs
-from src.analysis import ratings
+from src.analysis import ratings, tables
 from tests.cells import cell
 
 TEXTS = ["=1+1", "+cmd", "-2 mg", "@SUM(A1)", "\tx", "'Tis well.", "'=x", "", "two\nlines", 'He said "no", twice.', "ü"]
@@ -244,13 +244,13 @@ def test_the_cells_of_04_write_a_sheet_and_read_it_back(make_run, make_evaluatio
     run = make_run()
     evaluation, shown = make_evaluation(run), []
     values = {"run": run, "evaluation": evaluation, "predictions": evaluation.predictions, "seed": 42, "RATED": 30}
-    values |= {"ratings": ratings, "runs": runs, "pd": pd, "display": lambda *tables: shown.extend(tables)}
+    values |= {"ratings": ratings, "tables": tables, "runs": runs, "pd": pd, "display": lambda *all: shown.extend(all)}
     for words in (("ratings.draw(",), ("ratings.filled(",)):
         exec(cell("04_compare", *words), values)
     out = capsys.readouterr().out
     folder = "outputs/demo-00000001/evaluations/test-0000000a/ratings"
     assert f"6 answers to 3 dialogues in {folder}/sheet-q" in out and "Nobody has read this sheet yet" in out
-    assert len(shown) == 1 and list(shown[0].columns)[0] == "how to fill" and shown[0].shape[1] == 3  # two answers
+    assert len(shown) == 1 and list(shown[0].columns)[0] == "how to fill" and shown[0].data.shape[1] == 3  # two
     mark(values["sheet_path"], values["key"], lambda row, system: {"faithful": "1" if system == "finetuned" else "0"})
     exec(cell("04_compare", "ratings.filled("), values)
     assert capsys.readouterr().out == ""
