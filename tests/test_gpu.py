@@ -16,6 +16,10 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
+torch.set_num_threads(
+    min(4, torch.get_num_threads())
+)  # of the CPU that is compared with: more only wait for each other
+
 
 def load(device="cuda", count=16, **overrides):
     """(recipe, device, tokenizer, the demo's base with a random adapter, training rows)."""
