@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo import testing
 from transformers import MistralConfig
 
 from src import engine
@@ -39,6 +40,34 @@ def test_forward_and_backward_are_the_products_with_rounded_weights():
     found = fp8.backward(grads, *fp8.across(rows))
     expected = sum(g @ weight for g, weight in zip(grads, exact, strict=True))
     assert found.shape == (7, 32) and 0.001 < off(found, expected) < 0.05
+
+
+def test_rounding_is_compiled_for_few_kinds_of_input(monkeypatch):
+    """Dynamo gives a function up after eight (`recompile_limit`), and what is left runs as a dozen small kernels."""
+    counter = testing.CompileCounter()
+    compiled = torch.compile(fp8.rounded, backend=counter)
+
+    def on_a_gpu(*inputs):  # as `one_kernel` does there
+        for x in (x for x in inputs if torch.is_tensor(x) and x.ndim > 1):
+            torch._dynamo.maybe_mark_dynamic(x, 0)
+            torch._dynamo.mark_static(x, 1)
+        return compiled(*inputs)
+
+    monkeypatch.setattr(fp8, "quantize", on_a_gpu)
+    shapes = [
+        [(64, 64), (16, 64), (16, 64)],
+        [(64, 64)],
+        [(224, 64), (224, 64)],
+        [(64, 224)],
+    ]  # q k v, o, gate up, down
+    for tokens, learns in ((90, False), (110, True), (130, True)):
+        for group in shapes:
+            rows = [fp8.rounded(random(*shape).bfloat16()) for shape in group]
+            x = random(tokens, group[0][1]).bfloat16().requires_grad_(learns)  # the first layer's input does not learn
+            with torch.no_grad():  # as inside of an autograd.Function
+                fp8.forward(x, rows)
+                fp8.backward([random(tokens, shape[0]).bfloat16() for shape in group], *fp8.across(rows))
+    assert counter.frame_count == 5 <= torch._dynamo.config.recompile_limit
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
