@@ -13,10 +13,10 @@ def inputs(recipe) -> dict:
     Raises data.DataError or FileNotFoundError where 01 has not prepared these rows.
     """
     report, names = data.report(recipe), [f"notebooks/{name}.ipynb" for name in NOTEBOOKS]
-    origins = [origin["file"] for origin in report["sources"].values()]
+    origins = data.source_files(recipe).values()
     return {
         "settings": identity.plain(recipe.model_dump()),
-        "rows": report["processed"] | {name: files.sha256_file(runs.ROOT / name) for name in origins},
+        "rows": report["processed"] | {runs.public(path): files.sha256_file(path) for path in origins},
         "code": identity.code("*.py", "*/*.py", "recipes/*.toml"),
         "notebooks": {name: files.sha256_file(runs.ROOT / name) for name in names},
         "versions": measured.versions(measured.PACKAGES),

@@ -56,6 +56,19 @@ def evaluation_differences(evaluation: Evaluation) -> Iterator[str]:
                 )
 
 
+def comparison_differences(run: runs.Run, scored: list[Evaluation]) -> Iterator[str]:
+    """What of 04's files is not as it was written; a run's card is the one that 04 wrote for one of its evaluations."""
+    cards = []
+    for evaluation in (evaluation for evaluation in scored if evaluation.comparison.is_dir()):
+        try:
+            files.check(evaluation.folder, "comparison.json", evaluation.compared, "evaluation")
+            cards.append(list(files.differences(run.adapter, evaluation.compared["card"])))
+        except (files.Damage, FileNotFoundError) as error:
+            yield str(error)
+    if cards and all(cards):
+        yield cards[-1][0]
+
+
 def data_differences(dataset: str) -> Iterator[str]:
     """Which of the prepared files of a dataset are not as 01 wrote them; none where 01 has not run."""
     folder = runs.ROOT / "data" / "processed" / dataset
@@ -78,6 +91,7 @@ def verify(run: runs.Run) -> tuple[list[str], str]:
         return found, "not finished"
     for evaluation in scored:
         found += evaluation_differences(evaluation)
+    found += comparison_differences(run, scored)
     try:
         found += data_differences(run.config["recipe"]["data"]["dataset"])
     except (files.Damage, FileNotFoundError):

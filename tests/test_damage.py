@@ -18,6 +18,7 @@ RUN = """adapter/adapter_config.json adapter/adapter_model.safetensors adapter/c
 EVALUATION = "evaluation.json metrics.json predictions/base.jsonl predictions/finetuned.jsonl".split()
 CHECKPOINT = """adapter_config.json adapter_model.safetensors checksums.json optimizer.pt rng_state.pth scheduler.pt
     tokenizer.json trainer_state.json training_args.bin""".split()
+COMPARISON = "comparison.json comparison/scores.csv comparison/scores.png ../../adapter/README.md".split()  # by 04
 PROCESSED = "leaks.json report.json test.jsonl train.jsonl validation.jsonl".split()
 ANSWER = {"tokens": 2, "stop": "eos", "prompt_tokens": 9, "cut_tokens": 0}
 
@@ -97,6 +98,9 @@ def made(prepared, tmp_path_factory):  # noqa: F811
             predictions = evaluation.save_predictions(records)
             texts = {system: [row["prediction"] for row in rows] for system, rows in predictions.items()}
             evaluation.save_metrics({"split": "test", **scoring.evaluate(records, texts, set(), seed)})
+            for file in COMPARISON[1:]:
+                runs.write_atomic(evaluation.folder / file, f"{name} {file}, 12 rows\n")
+            evaluation.seal_comparison()
             found[name] = evaluation
         open_one = scored(found["one"].run, {"generation.max_new_tokens": 3})
         answer(open_one)
@@ -159,8 +163,10 @@ def test_the_tables_here_are_whole(copy):
         return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
 
     own = [name for name in names(run.folder) if not name.startswith((".", "evaluations", "checkpoints"))]
-    assert own == sorted(RUN) and names(runs.ROOT / "data" / "processed" / "demo") == sorted(PROCESSED)
-    assert sorted(set(names(one.folder)) - {".lock", ".opened"}) == EVALUATION
+    assert own == sorted([*RUN, "adapter/README.md"]) and names(runs.ROOT / "data" / "processed" / "demo") == sorted(
+        PROCESSED
+    )
+    assert sorted(set(names(one.folder)) - {".opened"}) == sorted(EVALUATION + COMPARISON[:3])
     newest = run.checkpoints / "checkpoint-2"
     assert set(CHECKPOINT) <= set(names(newest)) and set(
         files.read_sealed(newest / "checksums.json", "")["sha256"]
@@ -204,6 +210,27 @@ def test_a_damaged_file_of_an_evaluation_is_named_and_the_evaluation_set_aside(c
     with pytest.raises(RunError, match="has no evaluation named"):
         runs.find_evaluation(one.run, one.name)
     assert kept(content, name) and runs.find("demo", one.run.name) == one.run
+
+
+@pytest.mark.parametrize(("name", "kind"), cases(COMPARISON))
+def test_damaged_tables_figures_and_cards_are_named(copy, capsys, name, kind):
+    one = copy["one"]
+    damaged(one.folder / name, kind, copy["other"].folder / name)
+    assert verify.main([one.run.name]) == 1
+    said = capsys.readouterr().out
+    assert name.removeprefix("../../") in said and "1 difference(s)" in said
+    assert verify.main([copy["other"].run.name]) == 0
+
+
+def test_a_card_is_that_of_the_evaluation_that_04_looked_at_last(copy, capsys):
+    one, other = copy["one"], copy["unfinished"]
+    other.save_predictions(list(data.evaluation_rows(one.run.recipe())))
+    other.save_metrics({"split": "test", **one.metrics})
+    runs.write_atomic(other.comparison / "scores.csv", "a\n")
+    runs.write_atomic(one.run.adapter / "README.md", "of the other evaluation\n")
+    other.seal_comparison()
+    found = list(verify.comparison_differences(one.run, [one, other]))
+    assert found == [] and len(list(verify.comparison_differences(one.run, [one]))) == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)

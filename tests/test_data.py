@@ -247,6 +247,24 @@ def test_an_own_file_that_is_gone_is_named(repository):
         data.train_rows(recipe)
 
 
+def test_of_a_file_outside_the_repository_nothing_but_its_name_is_kept(repository, tmp_path_factory):
+    home = tmp_path_factory.mktemp("alice")
+    (home / "mine.csv").write_text(ROWS, encoding="utf-8")
+    for given in (str(home / "mine.csv"), os.path.relpath(home / "mine.csv", repository)):
+        recipe = recipes.load("custom", {"data.train_file": given})
+        data.prepare(recipe)
+        written = (data.processed_dir(recipe) / "report.json").read_text(encoding="utf-8")
+        assert "alice" not in written and '"file": "mine.csv"' in written
+        assert len(data.train_rows(recipe)) == 16
+    published = recipes.load("custom", {"data.train_file": "mine.csv"})  # as a run of these rows keeps it
+    assert data.train_rows(published) == data.train_rows(recipe)
+    (home / "mine.csv").write_text(ROWS + "x,y\n", encoding="utf-8")
+    with pytest.raises(DataError, match="The prepared rows come from"):
+        data.train_rows(recipe)
+    with pytest.raises(DataError, match="other.csv is missing"):
+        data.train_rows(recipes.load("custom", {"data.train_file": "other.csv"}))
+
+
 def test_unprepared_data_names_notebook_01(repository):
     with pytest.raises(FileNotFoundError, match="run notebooks/01_prepare_data.ipynb first"):
         data.train_rows(recipes.load("demo"))

@@ -437,6 +437,27 @@ def test_no_file_of_a_run_names_a_folder_of_this_machine(finished, done):
     assert finished.config["recipe"]["base_model"] == "models/tiny"
 
 
+def test_a_run_keeps_the_name_alone_of_a_file_outside_the_repository(root, tmp_path_factory):
+    home = tmp_path_factory.mktemp("alice")
+    own = {"data.dataset": "custom"}
+    for split in ("train", "validation", "test"):
+        (home / split).mkdir()
+        shutil.copy(root / "data" / "demo" / f"{split}.csv", home / split / "part.csv")
+        own[f"data.{split}_file"] = str(home / split / "part.csv")
+    data.prepare(recipes.load("demo", own))
+    run = finish(opened(own), train=False)
+    assert opened(own)["run"] == run and runs.find("demo", "latest", OVERRIDES | own) == run
+    assert run.config["recipe"]["data"]["test_file"] == "test_file/part.csv"
+    for path in [*run.folder.rglob("*.json*"), *(root / "data" / "processed").rglob("*.json*")]:
+        assert "alice" not in path.read_text(encoding="utf-8"), path
+    given = run.recipe(own)  # as 03 is told
+    assert given.data.train_file == own["data.train_file"] and len(data.load_split(given, "test")) == 4
+    shutil.rmtree(home)
+    assert len(data.load_split(run.recipe(), "test")) == 4  # the prepared rows are those of this file
+    with pytest.raises(RunError, match="data.test_file is 'test_file/part.csv' in run"):
+        run.recipe({"data.test_file": str(home / "other.csv")})
+
+
 def test_the_training_cell_loads_a_finished_run(finished, capsys):
     space = opened()
     assert space["run"] == finished

@@ -3,6 +3,7 @@
 Published splits stay as published.
 """
 
+import os
 import random
 import tomllib
 from collections import defaultdict
@@ -176,8 +177,9 @@ def _origin(path: Path) -> dict[str, str]:
     """The file that rows come from, and its delimiter if that is not a comma."""
     if not path.is_file():
         raise DataError(f"{runs.relative(path)} is missing: expected the file that 01 read.")
-    found, character = {"file": runs.relative(path), "sha256": runs.sha256_file(path)}, delimiter(path)
-    return found if character == "," else {**found, "delimiter": character}
+    found, character = {"file": runs.public(path), "sha256": runs.sha256_file(path)}, delimiter(path)
+    outside = {} if os.path.abspath(path) == str(runs.ROOT / found["file"]) else {"outside": True}
+    return found | outside | ({} if character == "," else {"delimiter": character})
 
 
 def report(recipe) -> dict:
@@ -186,7 +188,11 @@ def report(recipe) -> dict:
     again = f"Run notebooks/01_prepare_data.ipynb again with the same RECIPE and OVERRIDES. ({runs.relative(folder)})"
     found = _check(folder, again)
     if recipe.data.dataset == "custom":
-        sources = {split: _origin(path) for split, path in source_files(recipe).items()}
+        sources = {}
+        for split, path in source_files(recipe).items():
+            known = found["sources"].get(split, {})
+            gone = known.get("outside") and not path.is_file() and path.name == known["file"]
+            sources[split] = known if gone else _origin(path)  # a run keeps of a file outside its name alone
         seed = recipe.data.split_seed if len(sources) == 1 else None
         if (found["sources"], found["split_seed"]) != (sources, seed):
             raise DataError(

@@ -17,6 +17,7 @@ from src.runs.evaluation import Evaluation, evaluations, find_evaluation, open_e
 from src.runs.files import (  # noqa: E402
     Damage,
     aside,
+    public,
     read_json,
     read_jsonl,
     read_sealed,
@@ -35,6 +36,6 @@ from src.runs.run import Run, find, finished, open  # noqa: E402
 
 __all__ = [
     "ROOT", "Damage", "Evaluation", "Run", "RunError", "aside", "evaluations", "find", "find_evaluation", "finished",
-    "held", "open", "open_evaluation", "read_json", "read_jsonl", "read_sealed", "relative", "scratch", "set_aside",
-    "sha256_file", "write_atomic", "write_json", "write_jsonl", "write_sealed", "writing",
+    "held", "open", "open_evaluation", "public", "read_json", "read_jsonl", "read_sealed", "relative", "scratch",
+    "set_aside", "sha256_file", "write_atomic", "write_json", "write_jsonl", "write_sealed", "writing",
 ]  # fmt: skip

@@ -125,6 +125,16 @@ class Evaluation:
         locks.release(self.folder)
         return path
 
+    def seal_comparison(self) -> Path:
+        """Write comparison.json: sha256 of what 04 has written in comparison/, and of the run's model card."""
+        sums = {f"comparison/{name}": sum for name, sum in files.checksums(self.comparison).items()}
+        made = {"evaluation": self.name, "card": files.checksums(self.run.adapter, "README.md"), "sha256": sums}
+        return write_sealed(self.folder / "comparison.json", made)
+
+    @property
+    def compared(self) -> dict:
+        return read_sealed(self.folder / "comparison.json", "04_compare")
+
     def check(self) -> "Evaluation":
         """This finished evaluation, after its files were compared with the checksums of metrics.json.
 

@@ -107,6 +107,12 @@ def relative(path: Path) -> str:
     return path.relative_to(runs.ROOT).as_posix() if path.is_relative_to(runs.ROOT) else str(path)
 
 
+def public(path: str | Path) -> str:
+    """What may be published of a path: where it lies in the repository; of one outside, its name alone."""
+    path = Path(os.path.abspath(runs.ROOT / Path(path).expanduser()))
+    return relative(path) if path.is_relative_to(runs.ROOT) else path.name
+
+
 def sha256_file(path: Path) -> str:
     with path.open("rb") as file:
         return file_digest(file, "sha256").hexdigest()

@@ -112,6 +112,15 @@ def as_trained(recipe, trainer):
     return recipes.build(changed)
 
 
+def published(recipe) -> dict:
+    """The recipe as a dictionary in which own files outside of the repository have their names alone."""
+    values = recipe.model_dump()
+    own = {key: files.public(path) for key, path in values["data"].items() if key.endswith("_file") and path}
+    twice = len({*own.values()}) < len(own)
+    values["data"] |= {key: f"{key}/{name}" if twice else name for key, name in own.items()}
+    return values
+
+
 def rows_per_step(trainer) -> int:
     """Rows of an optimizer step. The engine's trainer, which regroups passes, says so itself."""
     args = trainer.args

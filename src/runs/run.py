@@ -69,6 +69,12 @@ class Run:
         config, overrides = self.config, overrides or {}
         recipe = recipes.build(config["recipe"], overrides)
         for key, trained in recipe._overridden.items():
+            if (
+                key.endswith("_file")
+                and trained
+                and files.public(overrides[key] or "") in (trained, Path(trained).name)
+            ):
+                continue  # the same, outside of the repository
             if not key.startswith(("evaluation.", "generation.", "engine.")) and key != "device":
                 raise runs.RunError(
                     f"{key} is {trained!r} in run {self.name} and {overrides[key]!r} in OVERRIDES. To score a run with "
@@ -189,7 +195,7 @@ def open(recipe, trainer, prompt_template: dict) -> Run:
         return run
     config = {
         "run": run.name,
-        "recipe": identity.as_trained(recipe, trainer).model_dump(),
+        "recipe": identity.published(identity.as_trained(recipe, trainer)),
         "identity": values,
         "prompt_template": prompt_template,
     }
