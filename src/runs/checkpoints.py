@@ -25,17 +25,25 @@ def seal(trainer):
     trainer.add_callback(Seal())
 
 
-def remove_halves(folder: Path, last=(SEAL, "trainer_state.json")):
-    """Delete the checkpoints that have none of the files that are written `last`: a kill or a full disk cut them."""
+def remove_halves(folder: Path):
+    """Delete the checkpoints that miss a file: a kill or a full disk cut their writing or their deletion short."""
     for path in folder.glob("checkpoint-*"):
-        if not any((path / name).is_file() for name in last):
+        try:
+            written = [*files.read_sealed(path / SEAL, "02_train_qlora")["sha256"], SEAL]
+        except FileNotFoundError:
+            written = [SEAL]
+        except files.Damage:
+            continue
+        missing = [name for name in written if not (path / name).is_file()]
+        if missing:
+            print(f"{files.relative(path)} was half written or half deleted ({missing[0]} is missing): removed.")
             shutil.rmtree(path)
 
 
 def newest(folder: Path, aside: Path) -> Path | None:
     """The newest checkpoint of a folder that training can go on from; None if there is none.
 
-    One that a kill cut short is deleted. One that was damaged since, or whose best checkpoint is gone, goes to `aside`
+    One that misses a file is deleted. One that was damaged since, or whose best checkpoint is gone, goes to `aside`
     under another name.
     """
     remove_halves(folder)

@@ -148,7 +148,7 @@ class Run:
             with files.writing(self.folder):
                 yield
         except runs.RunError:
-            checkpoints.remove_halves(self.checkpoints, (checkpoints.SEAL,))
+            checkpoints.remove_halves(self.checkpoints)
             files.remove_leftovers(self.folder)
             raise
 
