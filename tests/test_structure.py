@@ -168,7 +168,7 @@ def listed(paths) -> str:
 
 
 BUDGETS = {
-    "src": 2385,
+    "src": 2397,
     "src/engine": 1892,
     "src/analysis": 1384,
 }  # fmt: skip
