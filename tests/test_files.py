@@ -144,7 +144,7 @@ REFUSED = {  # what: (file name, content, what the message says)
     "wrong names": ("x.csv", table("text,target"), "dialogue and summary missing in every row; up to 2 other"),
     "wrong keys": ("x.jsonl", lines({"text": SECRET, "label": SECRET}), "dialogue and summary missing in every row"),
     "key missing in a row": ("x.jsonl", lines(*GOOD, {"dialogue": SECRET}), "summary missing in row 5"),
-    "another delimiter": ("x.csv", table("dialogue|summary", ["a|b"]), "missing in every row"),
+    "another delimiter": ("x.csv", table("dialogue^summary", ["a^b"]), "missing in every row"),
     "quote left open": ("x.csv", f'dialogue,summary\n"{TALK},Fine.\na,b\n', "cannot be parsed as CSV"),
     "text after a quote": ("x.csv", f'dialogue,summary\n"{TALK}" x,Fine.\n', "cannot be parsed as CSV"),
     **{
