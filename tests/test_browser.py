@@ -85,7 +85,7 @@ STATE = """
 def browser():
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: make browser")
     with playwright.sync_playwright() as started:
-        yield started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])
 
 
 def shorten(path):

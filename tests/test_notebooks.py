@@ -197,7 +197,8 @@ def test_the_chain_runs_on_a_file_of_ones_own(own):
 
 def test_the_same_command_again_reuses_what_is_there_and_says_which(own):
     folder, overrides, run, evaluation, _ = own
-    kept = [*(run / "notebooks" / f"{name}.ipynb" for name in reuse.NOTEBOOKS), evaluation / "metrics.json"]
+    kept = [run / "notebooks" / name for name in (*(f"{n}.ipynb" for n in reuse.NOTEBOOKS), reuse.RECORD)]
+    kept.append(evaluation / "metrics.json")
     before, page = [path.read_bytes() for path in kept], evaluation / "comparison" / "side_by_side.html"
     page.unlink()
     sheet = (run / "notebooks" / "04_compare.ipynb").stat().st_mtime_ns
