@@ -5,7 +5,8 @@ from src.engine.callbacks import LogFile, SampleAnswers, TimedCheckpoints
 from src.engine.decode import generate
 from src.engine.fuse import fused
 from src.engine.planning import Plan, PlanError, plan
-from src.engine.trainer import FastTrainer, TrainingError
+from src.engine.resuming import TrainingError
+from src.engine.trainer import FastTrainer
 from src.engine.weights import dequantize, dequantized_fits, free_cuda
 
 __all__ = [

@@ -71,7 +71,7 @@ def generate(
                 print(f"Out of GPU memory: going on with {batch_size} prompts a batch.")
                 weights.free_cuda()
             else:
-                raise RuntimeError(
+                raise torch.OutOfMemoryError(  # in training, a smaller plan is tried
                     f"The GPU's memory does not hold one prompt of {lengths[chosen[0]]} tokens and its answer. Set "
                     "engine.dequantize to 'off' or free the GPU; else train with a lower prompt.max_tokens."
                 )

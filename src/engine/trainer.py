@@ -20,10 +20,6 @@ from src.engine.lora import checkpoint_contexts
 from src.engine.planning import Plan, PlanError, smaller
 
 
-class TrainingError(RuntimeError):
-    """A training that cannot go on. The message says at which step, and what to change."""
-
-
 def summed_loss(model, inputs: dict) -> tuple[torch.Tensor, int]:
     """Cross-entropy (nats) summed over the supervised tokens of a batch, and their number. No other logits are made."""
     inputs = send_to_device(inputs, model.device)
@@ -144,15 +140,8 @@ class FastTrainer(resuming.BetweenLogs, Trainer):
         self.state.num_input_tokens_seen = batches.tokens_until(*until)
         if not {"loss", "eval_loss"} & set(logs):
             return
-        wrong = [name for name in ("loss", "eval_loss", "grad_norm") if not math.isfinite(logs.get(name, 0.0))]
-        wrong = [name for name in wrong if name != "grad_norm" or not self.args.fp16]  # its scaler skips such steps
-        if wrong:
-            raise TrainingError(
-                f"The {wrong[0]} is {logs[wrong[0]]} at step {self.state.global_step}: training has diverged"
-                f"{', or float16 has overflowed' if self.args.fp16 else ''}. The last good checkpoint is "
-                f"{self.progress.checkpoint or 'none: it was the start'}. Lower learning_rate, lengthen warmup_steps, "
-                "or set bnb_4bit_compute_dtype to 'float32'; that is another run."
-            )
+        names = ("loss", "eval_loss") if self.args.fp16 else ("loss", "eval_loss", "grad_norm")  # fp16 skips such steps
+        resuming.refuse_divergence(self, {name: logs[name] for name in names if name in logs})
         before = next((row for row in reversed(self.state.log_history) if "loss" in row), {})
         row = {**logs, "tokens": self.state.num_input_tokens_seen, "seconds": round(self.seconds, 3)}
         if "loss" in logs and row["seconds"] > before.get("seconds", 0):
@@ -220,6 +209,9 @@ class FastTrainer(resuming.BetweenLogs, Trainer):
                     "checkpoint."
                 ) from None
             return None
+        except RuntimeError as error:
+            resuming.explain_cuda(self, error)
+            raise
         finally:
             if self.plan.checkpointing:
                 base.activation_checkpointing_disable()

@@ -216,7 +216,9 @@ def test_a_prompt_that_memory_does_not_hold_is_an_error(model, rows, answers, mo
 
     monkeypatch.setattr(model, "generate", too_large)
     longest = max(len(row["prompt_ids"]) for row in rows)
-    with pytest.raises(RuntimeError, match=f"does not hold one prompt of {longest} tokens.*engine.dequantize to 'off'"):
+    with pytest.raises(
+        torch.OutOfMemoryError, match=f"does not hold one prompt of {longest} tokens.*engine.dequantize to 'off'"
+    ):
         answers()
 
 

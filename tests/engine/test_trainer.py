@@ -27,10 +27,12 @@ from src.engine import (
     fuse,
     planning,
 )
+from src.engine import trainer as trainer_module
 from src.engine.batches import StepSampler
 from src.engine.callbacks import short_walks
 from src.engine.lora import Group
-from src.engine.trainer import TrainingError, renew_adapter
+from src.engine.resuming import TrainingError
+from src.engine.trainer import renew_adapter
 from tests.engine.conftest import fill, pass_tokens, tiny, trainable, weights_of, with_adapter
 
 
@@ -617,6 +619,91 @@ def test_the_plan_of_a_cpu_trains(load, arguments, rows, tokenizer, quantization
     t.train()
     assert t.plan == planned and replace(planned, fused=True) != planned and not fuse.available(model.device)
     assert t.rows_per_step == 4 and t.peak_gib is None and t.state.global_step == 1
+
+
+@pytest.mark.parametrize("where", ["validation", "sample"])
+def test_out_of_memory_beside_the_steps_goes_on_with_a_smaller_plan(trainer, rows, tokenizer, monkeypatch, where):
+    def samples():
+        return [SampleAnswers(rows.select([1]), tokenizer, GenerationConfig(max_new_tokens=2))]
+
+    whole = trainer(passes=1, also=samples())
+    whole.train()
+    module, name = (trainer_module, "summed_loss") if where == "validation" else (callbacks.decode, "generate")
+    real, calls = getattr(module, name), Counter()
+
+    def too_large(model, *args, **said):
+        calls["n"] += where == "sample" or not model.training
+        if calls["n"] == 1:
+            calls["n"] += 1
+            raise torch.OutOfMemoryError("no memory")
+        return real(model, *args, **said)
+
+    monkeypatch.setattr(module, name, too_large)
+    t = trainer(passes=1, also=samples())
+    t.train()
+    assert [p.passes for p in t.failed_plans] == [1] and t.plan.passes == 2 and calls["n"] > 2
+    assert_same(weights_of(t.model), weights_of(whole.model))
+    assert [row["step"] for row in t.state.log_history if "eval_loss" in row] == [3, 6]
+
+
+@pytest.mark.parametrize("error", [torch.AcceleratorError, RuntimeError])
+def test_an_error_of_cuda_names_the_step_and_the_last_checkpoint(trainer, monkeypatch, error):
+    passes = Counter()
+
+    def fail(self, inputs):
+        passes["n"] += 1
+        if passes["n"] == 5:
+            raise error("CUDA error: an illegal memory access was encountered\nmore lines")
+
+    before_each_pass(monkeypatch, fail)
+    message = r"failed in step 5: CUDA error: an illegal memory access was encountered\. .*checkpoint-3\. Restart the"
+    with pytest.raises(TrainingError, match=message):
+        trainer(passes=1).train()
+    passes["n"] = 4
+    with pytest.raises(TrainingError, match="none: it was the start"):
+        trainer(passes=1).train()
+
+
+def test_other_errors_stay_as_they_are(trainer, monkeypatch):
+    def fail(self, inputs):
+        raise RuntimeError("expected scalar type")
+
+    before_each_pass(monkeypatch, fail)
+    with pytest.raises(RuntimeError, match="^expected scalar type$"):
+        trainer(passes=1).train()
+
+
+@pytest.mark.parametrize("what", ["loss", "weights"])
+def test_no_checkpoint_keeps_a_training_that_has_diverged(trainer, monkeypatch, what):
+    """Between two logs a loss is not looked at; what is saved there must not be what the same command goes on from."""
+    whole = trainer(passes=1)
+    whole.train()
+    steps = Counter()
+
+    def diverge(self, inputs):
+        steps["n"] += 1
+        if steps["n"] == 5:
+            next(iter(trainable(self.model).values())).data.mul_(float("nan"))
+
+    with monkeypatch.context() as patch:
+        if what == "loss":
+            before_each_pass(patch, diverge)
+        t = trainer(passes=1, also=[callbacks.TimedCheckpoints(0.0)])
+        t.args.logging_steps = 100
+        if what == "weights":
+
+            class Poison(transformers.TrainerCallback):
+                def on_step_end(self, args, state, control, **kwargs):
+                    if state.global_step == 5:
+                        next(iter(trainable(t.model).values())).data.mul_(float("nan"))
+
+            t.add_callback(Poison())
+        message = rf"The {'loss' if what == 'loss' else 'sum of the'}.* is nan at step 5: .*is \S*checkpoint-4\. Lower"
+        with pytest.raises(TrainingError, match=message):
+            t.train()
+    again = trainer(passes=1)
+    again.train(t.progress.checkpoint)
+    assert_same(weights_of(again.model), weights_of(whole.model), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
