@@ -169,7 +169,7 @@ def listed(paths) -> str:
 
 BUDGETS = {
     "src": 2397,
-    "src/engine": 1892,
+    "src/engine": 1915,
     "src/analysis": 1384,
 }  # fmt: skip
 
