@@ -29,7 +29,7 @@ SECTIONS = {  # section: (file in tests, beginnings of the tests that count, wha
     "damage": (
         "test_damage",
         ("test_a_damaged", "test_damaged", "test_a_whole_folder", "test_scores_that"),
-        "damaged files that were named, set aside whole and not used",
+        "damaged files that were named, not used and set aside whole (tables, figures and cards of 04: named)",
     ),
     "locks": (
         "test_locks",
@@ -38,7 +38,7 @@ SECTIONS = {  # section: (file in tests, beginnings of the tests that count, wha
     ),
     "disks": (
         "test_disk",
-        ("test_a_disk", "test_a_folder", "test_make_run", "test_a_download", "test_what_a_killed"),
+        ("test_a_disk", "test_a_folder", "test_make_run", "test_a_download", "test_an_install", "test_what_a_killed"),
         "writers on a full, read-only or forbidden disk, or killed, that explained it, lost nothing and ended alike",
     ),
 }

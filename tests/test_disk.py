@@ -404,3 +404,32 @@ def test_what_a_killed_process_left_is_gone_when_the_same_is_made_again(
     assert not target.exists()
     act()
     assert target.exists() and not list(root.rglob("*.tmp"))
+
+
+FAKE = """#!/bin/sh
+echo "$0 $@" >> said
+case "$*" in
+  "-m venv .venv") mkdir -p .venv/bin; cp "$0" .venv/bin/pip;;
+  install*) if [ -e half ]; then echo all > .venv/whole; else touch half; sleep 60; fi;;
+esac
+"""
+
+
+def test_an_install_that_was_killed_is_done_again(tmp_path):
+    """As `make demo` does it, with a script in place of Python and pip."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "requirements.txt").touch()
+    (tmp_path / "python").write_text(FAKE)
+    (tmp_path / "python").chmod(0o755)
+    command = ["make", ".venv/installed", "PYTHON=./python"]
+    make = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, stdout=subprocess.DEVNULL)
+    while not (tmp_path / "half").exists():
+        assert make.poll() is None
+        time.sleep(0.02)
+    os.killpg(make.pid, signal.SIGKILL)
+    make.wait()
+    assert (tmp_path / ".venv" / "bin" / "pip").exists() and not (tmp_path / ".venv" / "installed").exists()
+    for installs in (2, 2):  # the second time nothing is left to do
+        subprocess.run(command, cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
+        assert (tmp_path / ".venv" / "installed").exists() and (tmp_path / ".venv" / "whole").exists()
+        assert (tmp_path / "said").read_text().count("pip install") == installs
