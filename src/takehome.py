@@ -95,27 +95,36 @@ def to_gguf(folder: Path) -> Path | None:
     return path
 
 
+def card_data(name: str, recipe, library: str, tags: list[str], split: str, scores: dict):
+    """The hub's metadata of a model card (ModelCardData). scores: {column: value} on the split, unstemmed."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    dataset, unit = recipe.data.dataset, {"sacreBLEU": "0-100"}
+    results = [
+        EvalResult(
+            task_type="summarization",
+            dataset_type=dataset,
+            dataset_name=dataset,
+            dataset_split=split,
+            metric_type="bleu" if column in unit else "rouge",
+            metric_name=f"{column} ({unit.get(column, 'F1, 0-1, no stemmer')})",
+            metric_value=round(value, 4),
+        )
+        for column, value in scores.items()
+    ]
+    about = {"base_model": recipe.base_model, "library_name": library, "pipeline_tag": "text-generation", "tags": tags}
+    return ModelCardData(model_name=name, eval_results=results, **about)
+
+
 def merged_card(run, scores: dict, n: int, split: str) -> str:
     """README.md of a merged model. scores: {column: value} of its answers to the first n rows of the split.
 
     Raises ValueError, without a network, where huggingface_hub does not read the same scores back from its metadata.
     """
-    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+    from huggingface_hub import ModelCard
 
     recipe = run.recipe()
-    about = {"task_type": "summarization", "dataset_type": recipe.data.dataset, "dataset_name": recipe.data.dataset}
-    results = [
-        EvalResult(**about, dataset_split=split, metric_type="rouge", metric_name=column, metric_value=round(value, 4))
-        for column, value in scores.items()
-    ]
-    metadata = ModelCardData(
-        model_name=f"{run.name}-merged",
-        base_model=recipe.base_model,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["summarization", "qlora"],
-        eval_results=results,
-    )
+    metadata = card_data(f"{run.name}-merged", recipe, "transformers", ["summarization", "qlora"], split, scores)
     shown = "\n".join(f"| {column} | {value:.3f} |" for column, value in scores.items())
     card = ModelCard(
         f"---\n{metadata.to_yaml()}\n---\n# {run.name}, merged\n\nThe adapter {run.name} merged into "
@@ -124,6 +133,6 @@ def merged_card(run, scores: dict, n: int, split: str) -> str:
         "trained on a 4-bit base; this is another model, with scores of its own. The licences of base and data apply. "
         "Not for clinical use.\n"
     )
-    if ModelCard(str(card)).data.eval_results != results:
+    if ModelCard(str(card)).data.eval_results != metadata.eval_results:
         raise ValueError("huggingface_hub reads other scores from this card than were written: see merged_card.")
     return str(card)

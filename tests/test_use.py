@@ -210,7 +210,9 @@ def test_the_merged_models_card_has_its_scores_where_the_hub_looks_for_them():
 
     card = takehome.merged_card(try_it.DEMO, {"ROUGE-1": 0.91234, "ROUGE-L": 0.5}, 40, "test")
     read = ModelCard(card).data
-    assert [(r.metric_name, r.metric_value) for r in read.eval_results] == [("ROUGE-1", 0.9123), ("ROUGE-L", 0.5)]
+    assert [(r.metric_name, r.metric_value) for r in read.eval_results] == [
+        ("ROUGE-1 (F1, 0-1, no stemmer)", 0.9123), ("ROUGE-L (F1, 0-1, no stemmer)", 0.5),
+    ]  # fmt: skip
     assert read.model_name == "demo-merged" and read.eval_results[0].dataset_split == "test"
     assert "first 40 rows of test" in card and "| ROUGE-1 | 0.912 |" in card
 

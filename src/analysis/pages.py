@@ -15,7 +15,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from src import data, recipes, runs
+from src import data, recipes, runs, takehome
 from src.analysis import marks, tables
 
 FOLDER = Path(__file__).parent
@@ -158,30 +158,12 @@ def model_card(run, evaluation) -> str:
 
     Its metadata are the hub's; the scores are in the model-index.
     """
-    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+    from huggingface_hub import ModelCard
 
     metrics, recipe, columns = evaluation.metrics, run.recipe(), ("ROUGE-1", "ROUGE-2", "ROUGE-L", "sacreBLEU")
     tuned, base = (metrics["systems"][name]["all"] for name in ("finetuned", "base"))
-    results = [
-        EvalResult(
-            task_type="summarization",
-            dataset_type=recipe.data.dataset,
-            dataset_name=recipe.data.dataset,
-            dataset_split=metrics["split"],
-            metric_type="bleu" if column == "sacreBLEU" else "rouge",
-            metric_name="sacreBLEU (0-100)" if column == "sacreBLEU" else f"{column} (F1, 0-1, no stemmer)",
-            metric_value=round(tuned[column]["value"], 4),
-        )
-        for column in columns
-    ]
-    card_data = ModelCardData(
-        model_name=run.name,
-        base_model=recipe.base_model,
-        library_name="peft",
-        pipeline_tag="text-generation",
-        tags=["lora", "qlora", "summarization"],
-        eval_results=results,
-    )
+    scores, tags = {column: tuned[column]["value"] for column in columns}, ["lora", "qlora", "summarization"]
+    card_data = takehome.card_data(run.name, recipe, "peft", tags, metrics["split"], scores)
     content = _render(
         "model_card.md.j2",
         card_data=card_data.to_yaml(),
