@@ -95,27 +95,6 @@ def to_gguf(folder: Path) -> Path | None:
     return path
 
 
-def card_data(name: str, recipe, library: str, tags: list[str], split: str, scores: dict):
-    """The hub's metadata of a model card (ModelCardData). scores: {column: value} on the split, unstemmed."""
-    from huggingface_hub import EvalResult, ModelCardData
-
-    dataset, unit = recipe.data.dataset, {"sacreBLEU": "0-100"}
-    results = [
-        EvalResult(
-            task_type="summarization",
-            dataset_type=dataset,
-            dataset_name=dataset,
-            dataset_split=split,
-            metric_type="bleu" if column in unit else "rouge",
-            metric_name=f"{column} ({unit.get(column, 'F1, 0-1, no stemmer')})",
-            metric_value=round(value, 4),
-        )
-        for column, value in scores.items()
-    ]
-    about = {"base_model": recipe.base_model, "library_name": library, "pipeline_tag": "text-generation", "tags": tags}
-    return ModelCardData(model_name=name, eval_results=results, **about)
-
-
 def merged_card(run, scores: dict, n: int, split: str) -> str:
     """README.md of a merged model. scores: {column: value} of its answers to the first n rows of the split.
 
@@ -124,7 +103,7 @@ def merged_card(run, scores: dict, n: int, split: str) -> str:
     from huggingface_hub import ModelCard
 
     recipe = run.recipe()
-    metadata = card_data(f"{run.name}-merged", recipe, "transformers", ["summarization", "qlora"], split, scores)
+    metadata = runs.card_data(f"{run.name}-merged", recipe, "transformers", ["summarization", "qlora"], split, scores)
     shown = "\n".join(f"| {column} | {value:.3f} |" for column, value in scores.items())
     card = ModelCard(
         f"---\n{metadata.to_yaml()}\n---\n# {run.name}, merged\n\nThe adapter {run.name} merged into "

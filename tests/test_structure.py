@@ -168,9 +168,9 @@ def listed(paths) -> str:
 
 
 BUDGETS = {
-    "src": 2397,
+    "src": 2384,
     "src/engine": 1915,
-    "src/analysis": 1384,
+    "src/analysis": 1366,
 }  # fmt: skip
 
 

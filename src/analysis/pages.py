@@ -15,7 +15,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from src import data, recipes, runs, takehome
+from src import data, recipes, runs
 from src.analysis import marks, tables
 
 FOLDER = Path(__file__).parent
@@ -163,7 +163,7 @@ def model_card(run, evaluation) -> str:
     metrics, recipe, columns = evaluation.metrics, run.recipe(), ("ROUGE-1", "ROUGE-2", "ROUGE-L", "sacreBLEU")
     tuned, base = (metrics["systems"][name]["all"] for name in ("finetuned", "base"))
     scores, tags = {column: tuned[column]["value"] for column in columns}, ["lora", "qlora", "summarization"]
-    card_data = takehome.card_data(run.name, recipe, "peft", tags, metrics["split"], scores)
+    card_data = runs.card_data(run.name, recipe, "peft", tags, metrics["split"], scores)
     content = _render(
         "model_card.md.j2",
         card_data=card_data.to_yaml(),

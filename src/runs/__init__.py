@@ -13,6 +13,7 @@ class RunError(RuntimeError):
     """A run or evaluation that cannot be opened, found or continued. The message says why and what to do."""
 
 
+from src.runs.card import card_data  # noqa: E402
 from src.runs.evaluation import Evaluation, evaluations, find_evaluation, open_evaluation  # noqa: E402
 from src.runs.files import (  # noqa: E402
     Damage,
@@ -35,7 +36,7 @@ from src.runs.locks import held  # noqa: E402
 from src.runs.run import Run, find, finished, open  # noqa: E402
 
 __all__ = [
-    "ROOT", "Damage", "Evaluation", "Run", "RunError", "aside", "evaluations", "find", "find_evaluation", "finished",
-    "held", "open", "open_evaluation", "public", "read_json", "read_jsonl", "read_sealed", "relative", "scratch",
-    "set_aside", "sha256_file", "write_atomic", "write_json", "write_jsonl", "write_sealed", "writing",
+    "ROOT", "Damage", "Evaluation", "Run", "RunError", "aside", "card_data", "evaluations", "find", "find_evaluation",
+    "finished", "held", "open", "open_evaluation", "public", "read_json", "read_jsonl", "read_sealed", "relative",
+    "scratch", "set_aside", "sha256_file", "write_atomic", "write_json", "write_jsonl", "write_sealed", "writing",
 ]  # fmt: skip
