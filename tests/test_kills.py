@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -70,3 +71,31 @@ def test_the_next_write_of_a_file_removes_what_killed_processes_left_of_it(tmp_p
     runs.write_json(tmp_path / "a.json", {"x": 1})
     assert not names.pop(gone.pid).exists()
     assert all(path.exists() for path in (*names.values(), other)) and len(list(tmp_path.iterdir())) == 4
+
+
+def test_older_checkpoints_go_only_after_the_new_one_is_whole(tmp_path, monkeypatch):
+    """Else a kill between the two leaves nothing to go on from."""
+    import transformers
+
+    from src.runs import checkpoints
+
+    callbacks, kept = [], []
+    args = SimpleNamespace(output_dir=str(tmp_path), save_total_limit=2)
+    checkpoints.seal(SimpleNamespace(args=args, add_callback=callbacks.append))
+    assert args.save_total_limit is None  # transformers itself deletes nothing
+    rmtree = transformers.trainer_utils.shutil.rmtree
+
+    def remove(path, **said):
+        kept.append({folder.name for folder in tmp_path.iterdir() if (folder / checkpoints.SEAL).is_file()})
+        rmtree(path, **said)
+
+    monkeypatch.setattr(transformers.trainer_utils.shutil, "rmtree", remove)
+    for step in (1, 2, 3):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text("{}", encoding="utf-8")
+        best = str(tmp_path / "checkpoint-1")
+        state = SimpleNamespace(global_step=step, is_world_process_zero=True, best_model_checkpoint=best)
+        callbacks[0].on_save(args, state, None)
+    assert kept == [{"checkpoint-1", "checkpoint-2", "checkpoint-3"}]
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-3"]

@@ -10,8 +10,11 @@ SEAL = "checksums.json"  # of a checkpoint's files, written last
 
 
 def seal(trainer):
-    """Have a Trainer write, last in every checkpoint, the checksums of its files."""
+    """Have a Trainer write, last in every checkpoint, the checksums of its files, and only then delete older ones."""
     from transformers import TrainerCallback  # loads torch
+    from transformers.trainer_utils import rotate_checkpoints
+
+    limit, trainer.args.save_total_limit = trainer.args.save_total_limit, None  # it deletes before the new one is whole
 
     class Seal(TrainerCallback):
         def on_save(self, args, state, control, **kwargs):
@@ -21,6 +24,7 @@ def seal(trainer):
             sums = files.checksums(folder)  # other processes may still be writing their random state
             sums = {name: sha for name, sha in sums.items() if name != SEAL and not name.startswith("rng_state_")}
             files.write_sealed(folder / SEAL, {"checkpoint": folder.name, "sha256": sums})
+            rotate_checkpoints(args.output_dir, limit, state.best_model_checkpoint, use_mtime=True)
 
     trainer.add_callback(Seal())
 
