@@ -47,6 +47,8 @@ TRAIN = {  # setup: overrides of samsum_best; rows a step, steps, and what limit
         "lora.lora_dropout": 0.1,
     },
     "ours_batch_16_graphs": {ROWS: 16, "training.max_steps": 120, "engine.graphs": "on"},
+    "smollm2_16": {ROWS: 16, "training.max_steps": 400, "engine.graphs": "off"},  # with SmolLM2's folder
+    "smollm2_16_graphs": {ROWS: 16, "training.max_steps": 400, "engine.graphs": "on"},
     "ours_plain_layers": {ROWS: 54, "training.max_steps": 15, "engine.fused": "off"},
     "ours_padded": {ROWS: 54, "training.max_steps": 15, "engine.packing": "off"},
     "ours_fp16": {ROWS: 54, "training.max_steps": 15, "quantization.bnb_4bit_compute_dtype": "float16"},

@@ -28,6 +28,9 @@ def test_figures_in_readmes_prose_are_those_of_the_committed_results():
     assert f"{graphs:,} tokens/s where kernels launched one by one gave {without:,}" in text
     two = {r["setup"]: r.get("speedup") for r in tables.results("two_gpus")}
     assert f"train {two['train_2_54']} times as fast with 54 rows each, {two['train_2_16']} times with 16" in text
+    losses = tables.results("two_gpus_losses")
+    pairs = list(zip(losses["one GPU"]["loss"], losses["two GPUs"]["loss"], strict=True))
+    assert losses["steps"][-1] == 396 and len(pairs) == 11 and max(abs(b / a - 1) for a, b in pairs) < 0.0015
     laptop = tables.results("laptop")
     base, tuned = (laptop["systems"][system]["ROUGE-L"] for system in ("base", "finetuned"))
     shown = [f"{r['value']:.3f} [{r['low']:.3f}, {r['high']:.3f}]" for r in (base, tuned)]

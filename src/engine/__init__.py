@@ -3,9 +3,9 @@
 from src.engine.attention import ATTENTION, has_varlen, register, rows_stay_apart
 from src.engine.callbacks import LogFile, SampleAnswers, TimedCheckpoints
 from src.engine.decode import generate
+from src.engine.faults import TrainingError
 from src.engine.fuse import fused
 from src.engine.planning import Plan, PlanError, plan
-from src.engine.resuming import TrainingError
 from src.engine.trainer import FastTrainer
 from src.engine.weights import dequantize, dequantized_fits, free_cuda
 

@@ -12,17 +12,14 @@ class StepGraphs:
     recording failed.
     """
 
-    refused = None
-
     def __init__(self, model, loss, ranks: int = 1):
-        self.loss, self.recorded, self.parameters = loss, {}, [p for p in model.parameters() if p.requires_grad]
-        sizes, cuda, self.ranks = [p.numel() for p in self.parameters], model.device.type == "cuda", ranks
+        self.loss, self.recorded, self.refused, self.ranks = loss, {}, None, ranks
+        self.parameters, cuda = [p for p in model.parameters() if p.requires_grad], model.device.type == "cuda"
+        sizes = [p.numel() for p in self.parameters]
         self.flat = torch.zeros(sum(sizes), device=model.device)  # float32, as the adapter: one sum for all
-        parts = zip(self.flat.split(sizes), self.parameters, strict=True)
-        self.gradients = [part.view_as(p) for part, p in parts]
-        self.stream, self.pool = (
-            (torch.cuda.Stream(model.device), torch.cuda.graph_pool_handle()) if cuda else (None, 0)
-        )
+        self.gradients = [part.view_as(p) for part, p in zip(self.flat.split(sizes), self.parameters, strict=True)]
+        self.stream = torch.cuda.Stream(model.device) if cuda else None
+        self.pool = torch.cuda.graph_pool_handle() if cuda else 0
 
     def __call__(self, inputs: dict, items) -> torch.Tensor:
         tensors = {name: x for name, x in inputs.items() if torch.is_tensor(x)} | {"items": torch.as_tensor(items)}

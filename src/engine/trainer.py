@@ -11,7 +11,7 @@ from accelerate.utils import gather_object, send_to_device, set_seed
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState
 
-from src.engine import batches, resuming, weights
+from src.engine import batches, faults, resuming, weights
 from src.engine.attention import rows_stay_apart
 from src.engine.callbacks import Progress, short_walks
 from src.engine.fuse import fused
@@ -56,7 +56,7 @@ class FastTrainer(resuming.BetweenLogs, Trainer):
         self.lengths = [len(ids) for ids in train_dataset["input_ids"]]
         answers = sorted(sum(label != batches.IGNORE for label in labels) for labels in train_dataset["labels"])
         self.most_supervised, self.recorded = 64 * math.ceil(sum(answers[-self.rows_per_step :]) / 64), 0
-        self.pad_id, on_cuda = processing_class.pad_token_id, model.device.type == "cuda"
+        self.graphs, self.pad_id, on_cuda = None, processing_class.pad_token_id, model.device.type == "cuda"
         args = dataclasses.replace(
             args,
             per_device_train_batch_size=1,  # only its product with the next line is used, and that not for batching
@@ -112,9 +112,9 @@ class FastTrainer(resuming.BetweenLogs, Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         if model is not self.model:  # DistributedDataParallel, whose own walks are as long
             vars(model).update({name: vars(self.model)[name] for name in ("parameters", "zero_grad", "train")})
-        model.train()
         if not self.graphs:
             return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
         return self.graphs(inputs, num_items_in_batch)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
@@ -141,7 +141,7 @@ class FastTrainer(resuming.BetweenLogs, Trainer):
         if not {"loss", "eval_loss"} & set(logs):
             return
         names = ("loss", "eval_loss") if self.args.fp16 else ("loss", "eval_loss", "grad_norm")  # fp16 skips such steps
-        resuming.refuse_divergence(self, {name: logs[name] for name in names if name in logs})
+        faults.refuse_divergence(self, {name: logs[name] for name in names if name in logs})
         before = next((row for row in reversed(self.state.log_history) if "loss" in row), {})
         row = {**logs, "tokens": self.state.num_input_tokens_seen, "seconds": round(self.seconds, 3)}
         if "loss" in logs and row["seconds"] > before.get("seconds", 0):
@@ -187,16 +187,15 @@ class FastTrainer(resuming.BetweenLogs, Trainer):
             self.quantized = weights.dequantize(self.model, keep=True)
         if self.plan.checkpointing:
             base.activation_checkpointing_enable({"use_reentrant": False, "context_fn": checkpoint_contexts})
-        recorded = (lambda x: summed_loss(self.model, x)[0]), self.args.world_size
-        self.graphs = StepGraphs(self.model, *recorded) if self.plan.graphs else None
+        if self.plan.graphs:
+            self.graphs = StepGraphs(self.model, lambda x: summed_loss(self.model, x)[0], self.args.world_size)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)
         try:
             # what DistributedDataParallel keeps of autograd's graph has to lie on the stream that records
             stream = self.graphs.stream if self.graphs and self.args.world_size > 1 else None
-            walks, on_stream = short_walks(self.model), torch.cuda.stream(stream)
-            with fused(self.model, self.plan.fused, self.plan.fp8), walks, on_stream:
+            with fused(self.model, self.plan.fused, self.plan.fp8), short_walks(self.model), torch.cuda.stream(stream):
                 result = super().train(resume_from_checkpoint=checkpoint)
             if stream:
                 stream.synchronize()
@@ -210,7 +209,7 @@ class FastTrainer(resuming.BetweenLogs, Trainer):
                 ) from None
             return None
         except RuntimeError as error:
-            resuming.explain_cuda(self, error)
+            faults.explain_cuda(self, error)
             raise
         finally:
             if self.plan.checkpointing:

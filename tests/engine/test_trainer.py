@@ -30,8 +30,8 @@ from src.engine import (
 from src.engine import trainer as trainer_module
 from src.engine.batches import StepSampler
 from src.engine.callbacks import short_walks
+from src.engine.faults import TrainingError
 from src.engine.lora import Group
-from src.engine.resuming import TrainingError
 from src.engine.trainer import renew_adapter
 from tests.engine.conftest import fill, pass_tokens, tiny, trainable, weights_of, with_adapter
 
