@@ -53,9 +53,9 @@ class Watched:
             torch.cuda.synchronize()
         self.found["wall"] = (time.perf_counter() - self.start) * 1e3
         self.profiler.stop()
-        kind_of = torch.autograd.DeviceType
+        wanted = torch.autograd.DeviceType.CUDA if self.cuda else torch.autograd.DeviceType.CPU
         for event in self.profiler.key_averages():
-            if event.device_type != (kind_of.CUDA if self.cuda else kind_of.CPU):
+            if event.device_type != wanted:
                 continue  # a call that launches
             ms = (event.self_device_time_total if self.cuda else event.self_cpu_time_total) / 1e3
             kind = next((k for k, words in KINDS.items() if any(w in event.key.lower() for w in words)), "rest")

@@ -201,7 +201,7 @@ def open(recipe, trainer, prompt_template: dict) -> Run:
     }
     write_sealed(run.folder / "config.json", config)
     checkpoints.seal(trainer)
-    trainer.train = run.writing()(trainer.train)
+    trainer.train = run.writing()(trainer.train)  # so that 02 calls a Trainer's own `train`, and a full disk is told
     return run
 
 
